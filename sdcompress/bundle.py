@@ -1,0 +1,322 @@
+"""A bundle: a directory other tools already load, plus `manifest.json` that says what it is.
+
+Every stage is bundle in, new bundle out. A bundle is written beside its place, sealed with the
+digest of every file, and renamed: a process killed at any moment leaves the old state or the new.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sdcompress import __version__
+from sdcompress.catalog import model_files
+from sdcompress.errors import InputError, VerificationError
+from sdcompress.plan import SparsityPlan
+
+MANIFEST = "manifest.json"
+LOG = "log.json"  # times and host facts: outside the digests
+Stage = Literal["source", "pruned", "tuned", "onnx", "engine"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """`size` in bytes."""
+
+    size: int
+    sha256: str
+
+
+class TensorRecord(_Record):
+    """What a tensor must be, in the state dict's layout and the bundle's dtype.
+
+    sha256: of the raw little-endian bytes. zeros and zero_mask_sha256 (of numpy.packbits(w == 0),
+    C order) are set for pruned tensors only.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    zeros: int | None = None
+    zero_mask_sha256: str | None = None
+
+
+class SourceRecord(_Record):
+    """Where the model came from. `revision` is a resolved commit, `loras` are "FILE:scale"."""
+
+    id: str
+    kind: Literal["mini-sd2", "directory", "hub", "single-file", "bundle"]
+    revision: str | None = None
+    licence: str | None = None
+    loras: tuple[str, ...] = ()
+
+
+class Manifest(_Record):
+    """The contents of `manifest.json`; `details` holds facts of one stage only."""
+
+    schema_version: Literal[1] = 1
+    stage: Stage
+    parent: str | None
+    source: SourceRecord
+    recipe: dict[str, Any] | None = None
+    tools: dict[str, str]
+    plan: SparsityPlan | None = None
+    tensors: dict[str, dict[str, TensorRecord]] = {}
+    files: dict[str, FileRecord] = {}
+    details: dict[str, Any] = {}
+
+
+class Bundle:
+    """An opened bundle: its directory, its manifest and the digest of that manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+        self.path, self.manifest, self.digest = path, manifest, digest
+
+    @classmethod
+    def open(cls, path: Path, stages: Sequence[Stage] = ()) -> Bundle:
+        """Read the manifest; the files are checked by `check_files` or `verify`.
+
+        Raises:
+            InputError: no bundle, a manifest of another version, or not one of `stages`.
+        """
+        file = path / MANIFEST
+        try:
+            raw = file.read_bytes()
+            manifest = Manifest.model_validate_json(raw)
+        except OSError as e:
+            raise InputError(
+                f"{path}: expected an sdcompress bundle, found no readable {MANIFEST}; "
+                "bundles are made by `sdcompress prune`, `export` and `build`"
+            ) from e
+        except ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise InputError(
+                f"{file}: not a manifest this version understands ({where}: {first['msg']}); "
+                "make the bundle again"
+            ) from e
+        if stages and manifest.stage not in stages:
+            raise InputError(
+                f"{path}: expected a bundle of stage {' or '.join(stages)}, found "
+                f"{manifest.stage}; {_NEXT[manifest.stage]}"
+            )
+        return cls(path, manifest, hashlib.sha256(raw).hexdigest())
+
+    @classmethod
+    def of_source(cls, directory: Path, source: SourceRecord) -> Bundle:
+        """Describe a diffusers directory as the bundle every other one descends from.
+
+        Nothing is written: the manifest exists in memory only, with the digest of each file the
+        pipeline needs.
+        """
+        files = {f.relative_to(directory).as_posix(): _record(f) for f in model_files(directory)}
+        manifest = Manifest(stage="source", parent=None, source=source, tools={}, files=files)
+        return cls(directory, manifest, hashlib.sha256(_manifest_bytes(manifest)).hexdigest())
+
+    def check_files(self) -> None:
+        """Hash every file and compare with the manifest.
+
+        Raises:
+            VerificationError: a file is missing, changed or not in the manifest.
+        """
+        found = set(_relative_files(self.path))
+        if missing := sorted(set(self.manifest.files) - found):
+            raise VerificationError(f"{self.path}: {missing[0]} is missing; make the bundle again")
+        if extra := sorted(found - set(self.manifest.files)):
+            raise VerificationError(
+                f"{self.path}: {extra[0]} is not in the manifest; remove it or make the bundle again"
+            )
+        for name, record in self.manifest.files.items():
+            file = self.path / name
+            if file.stat().st_size != record.size or sha256_file(file) != record.sha256:
+                raise VerificationError(
+                    f"{self.path}: {name} is not the file the manifest describes; "
+                    "make the bundle again"
+                )
+
+
+_NEXT = {
+    "source": "run `sdcompress prune` or `sdcompress export` on it",
+    "pruned": "run `sdcompress export` on it",
+    "tuned": "run `sdcompress export` on it",
+    "onnx": "run `sdcompress build` on it",
+    "engine": "give the bundle it was built from",
+}
+
+
+@contextmanager
+def staging(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A fresh directory beside `target`, renamed to it when the block ends well, else removed.
+
+    What an earlier, killed process left behind is removed first; what a living one is writing
+    is not, because its owner holds a lock on the directory.
+
+    Raises:
+        InputError: `target` exists and `replace` is not given, or cannot be created.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not replace:
+        raise InputError(f"{target}: already exists; choose another --output or remove it")
+    prefix = f".{target.name}.partial-"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target.parent, prefix)
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    except OSError as e:
+        raise InputError(f"{target}: cannot be created ({e.strerror}); check the path") from e
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        work.chmod(0o755)  # mkdtemp's 0700 is for secrets
+        yield work
+        _sync_tree(work)
+        _move_into_place(work, target)
+    finally:
+        os.close(lock)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def seal(
+    directory: Path, manifest: Manifest, *, linked: Mapping[str, FileRecord] | None = None
+) -> Manifest:
+    """Write the manifest of a finished directory, with the digest of every file in it.
+
+    `linked` holds the records of files that `link_files` took over unchanged: they were hashed
+    when their own bundle was made or opened.
+    """
+    known = linked or {}
+    files = {
+        name: known.get(name) or _record(directory / name)
+        for name in sorted(_relative_files(directory))
+    }
+    sealed = manifest.model_copy(update={"files": files})
+    (directory / MANIFEST).write_bytes(_manifest_bytes(sealed))
+    return sealed
+
+
+def _record(file: Path) -> FileRecord:
+    return FileRecord(size=file.stat().st_size, sha256=sha256_file(file))
+
+
+def _manifest_bytes(manifest: Manifest) -> bytes:
+    return to_json(manifest.model_dump(mode="json")).encode()
+
+
+def to_json(data: object) -> str:
+    """The one way JSON is written: sorted, indented, the same text for the same data."""
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, data: object) -> None:
+    path.write_text(to_json(data), "utf-8")
+
+
+def write_log(directory: Path, facts: dict[str, Any]) -> None:
+    write_json(directory / LOG, facts)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return _file_digest(f)
+
+
+def _file_digest(f: Any) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    while n := f.readinto(buffer):
+        digest.update(buffer[:n])
+    return digest.hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link an unchanged file; copy it where the file system cannot link."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # hub caches hold links; the bundle must hold the file
+    try:
+        os.link(source, target)
+    except OSError as e:
+        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+            raise
+        shutil.copyfile(source, target)
+
+
+def link_files(source: Bundle, target: Path) -> dict[str, FileRecord]:
+    """Link the files of `source` that are not yet in `target`; returns their records for `seal`."""
+    linked = {n: r for n, r in source.manifest.files.items() if not (target / n).exists()}
+    for name in linked:
+        link_or_copy(source.path / name, target / name)
+    return linked
+
+
+def tool_versions() -> dict[str, str]:
+    """The versions that decide the bytes a stage writes."""
+    found = {"sdcompress": __version__}
+    for package in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _relative_files(directory: Path) -> Iterator[str]:
+    for path in directory.rglob("*"):
+        relative = path.relative_to(directory)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not hidden and relative.as_posix() not in (MANIFEST, LOG) and path.is_file():
+            yield relative.as_posix()
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for left in parent.glob(f"{prefix}*"):
+        fd = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in [directory, *directory.rglob("*")]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def _move_into_place(work: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(work, target)
+        return
+    # Swap the two names in one step; `work` then holds the old bundle and is removed.
+    libc = ctypes.CDLL(None, use_errno=True)
+    swapped = libc.renameat2(
+        _AT_FDCWD, os.fsencode(work), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE
+    )
+    if swapped != 0:
+        shutil.rmtree(target)  # a file system without exchange: gone is better than half
+        os.rename(work, target)

@@ -1,0 +1,181 @@
+"""Which weights compete, and how many of them go: unstructured and N:M sparsity.
+
+This is the only place that knows groups and axes. N:M means at most N non-zero weights among M
+consecutive ones *along the reduction axis of the GEMM*: `in` of a Linear weight [out, in], C of a
+Conv weight [K, C, R, S] for each kernel position. Flattening a Conv weight to [K, C*R*S] and
+grouping there gives the same number of zeros in groups no sparse kernel can use.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from sdcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REDUCTION_AXIS = 1  # of both Linear [out, in] and Conv [K, C, R, S]
+MAX_M = 16
+
+Compare = Literal["tensor", "row"]
+Select = Callable[["Tensor"], "Tensor"]  # scores → mask of weights to keep
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`n` of every `m` weights are kept; both are None for unstructured sparsity."""
+
+    n: int | None = None
+    m: int | None = None
+
+    @property
+    def sparsity(self) -> float | None:
+        """The fraction of zeros the pattern itself fixes; None if it fixes none."""
+        return None if self.n is None or self.m is None else 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return "unstructured" if self.m is None else f"{self.n}:{self.m}"
+
+
+UNSTRUCTURED = Pattern()
+
+
+def parse_pattern(text: str) -> Pattern:
+    """`"unstructured"` or `"N:M"` with 1 <= N <= M <= 16.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text == "unstructured":
+        return UNSTRUCTURED
+    if match := re.fullmatch(r"(\d{1,2}):(\d{1,2})", text):
+        n, m = int(match[1]), int(match[2])
+        if 1 <= n <= m <= MAX_M:
+            return Pattern(n, m)
+    raise UsageError(
+        f"pattern {text!r}: expected 'unstructured' or N:M (N kept of every M, N <= M <= {MAX_M}) "
+        "such as '2:4'"
+    )
+
+
+def zeros_for(sparsity: float, numel: int) -> int:
+    """round(s * n), halves up, so that the same request gives the same count everywhere."""
+    return int(sparsity * numel + 0.5)
+
+
+def fits(pattern: Pattern, shape: tuple[int, ...]) -> str | None:
+    """Why a weight of this shape cannot take the pattern, or None if it can."""
+    if pattern.m is None or shape[REDUCTION_AXIS] % pattern.m == 0:
+        return None
+    return f"{shape[REDUCTION_AXIS]} input channels are not divisible by {pattern.m}"
+
+
+def planned_zeros(
+    pattern: Pattern, shape: tuple[int, ...], sparsity: float, compare: Compare
+) -> int:
+    """How many zeros `keep_mask` leaves in a weight of this shape."""
+    numel = math.prod(shape)
+    if pattern.n is not None and pattern.m is not None:
+        return numel // pattern.m * (pattern.m - pattern.n)
+    if compare == "row":
+        return shape[0] * zeros_for(sparsity, numel // shape[0])
+    return zeros_for(sparsity, numel)
+
+
+def keep_mask(scores: Tensor, pattern: Pattern, zeros: int, compare: Compare) -> Tensor:
+    """The boolean mask of weights to keep, shaped like `scores` ([out, in] or [K, C, R, S]).
+
+    Exactly `zeros` weights go, those with the lowest scores in their comparison group (the whole
+    tensor, each output row, or each group of M along the reduction axis). Among equal scores the
+    lower index goes first.
+    """
+    if pattern.n is not None and pattern.m is not None:
+        return _keep_n_of_m(scores, pattern.n, pattern.m)
+    if compare == "row":
+        rows = scores.reshape(scores.shape[0], -1)
+        return _drop_lowest(rows, zeros // rows.shape[0]).reshape(scores.shape)
+    return Threshold.find([scores], zeros).keep(scores)
+
+
+def _keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    # [.., C, ..] -> [.., C/M, M]: groups of M consecutive input channels, M last.
+    moved = scores.movedim(REDUCTION_AXIS, -1)
+    groups = moved.reshape(*moved.shape[:-1], -1, m)
+    keep = _drop_lowest(groups, m - n)
+    return keep.reshape(moved.shape).movedim(-1, REDUCTION_AXIS)
+
+
+def _drop_lowest(scores: Tensor, zeros: int) -> Tensor:
+    """Drop the `zeros` lowest along the last axis of `scores`."""
+    import torch
+
+    order = torch.argsort(scores, dim=-1, stable=True)
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    return keep.scatter_(-1, order[..., :zeros], False)
+
+
+class Threshold:
+    """The exact boundary below which weights go, found without sorting and over any number of
+    tensors: a radix selection on the scores' bits in two passes of 65,536 bins each.
+
+    Peak memory is a few times the largest tensor handed in, whatever their number.
+    """
+
+    def __init__(self, key: int, ties: int) -> None:
+        self._key = key
+        self._ties = ties  # how many scores equal to the boundary still go, lowest index first
+
+    @classmethod
+    def find(cls, scores: Iterable[Tensor], zeros: int) -> Threshold:
+        """`scores` is walked twice and must give the same tensors in the same order."""
+        if zeros == 0:
+            return cls(-1, 0)
+        high, before = cls._bin(scores, zeros, lambda k: k >> 16)
+        low, below = cls._bin(scores, zeros - before, lambda k: k[k >> 16 == high] & 0xFFFF)
+        return cls((high << 16) | low, zeros - before - below)
+
+    @staticmethod
+    def _bin(
+        scores: Iterable[Tensor], zeros: int, digit: Callable[[Tensor], Tensor]
+    ) -> tuple[int, int]:
+        """The bin that holds the `zeros`-th lowest digit, and how many digits lie in lower bins."""
+        import torch
+
+        counts = torch.zeros(65536, dtype=torch.int64)
+        for s in scores:
+            counts += torch.bincount(digit(_ordered_bits(s)), minlength=65536)
+        total = counts.cumsum(0)
+        index = int(torch.searchsorted(total, zeros))
+        return index, int(total[index] - counts[index])
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """The mask of weights to keep. Call it in the order of `find`: ties are used up."""
+        key = _ordered_bits(scores)
+        keep = key >= self._key
+        if self._ties:
+            dropped = (key == self._key).nonzero().squeeze(1)[: self._ties]
+            keep[dropped] = False
+            self._ties -= len(dropped)
+        return keep.reshape(scores.shape)
+
+
+def _ordered_bits(scores: Tensor) -> Tensor:
+    """fp32 scores as int64 in [0, 2**32) that sort the same way; -0.0 counts as +0.0."""
+    import torch
+
+    bits = (scores.float() + 0.0).reshape(-1).view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, -1 - bits.bitwise_and(0x7FFFFFFF), bits) + 0x80000000
+
+
+def violations(weight: Tensor, pattern: Pattern) -> int:
+    """How many groups of M along the reduction axis hold more than N non-zero weights."""
+    if pattern.n is None or pattern.m is None:
+        return 0
+    moved = (weight != 0).movedim(REDUCTION_AXIS, -1)
+    kept = moved.reshape(*moved.shape[:-1], -1, pattern.m).sum(-1)
+    return int((kept > pattern.n).sum())

@@ -1,0 +1,202 @@
+"""Plan + weights → pruned bundle, streamed from safetensors to safetensors.
+
+Nothing here holds more than a few copies of one tensor. Weights that go become +0.0; every other
+byte of every file stays what it was, and files in which nothing changes are hard-linked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sdcompress.allocation import Group, allocate
+from sdcompress.bundle import (
+    Bundle,
+    Manifest,
+    TensorRecord,
+    link_files,
+    seal,
+    staging,
+    tool_versions,
+)
+from sdcompress.catalog import Catalog, read_catalog
+from sdcompress.criteria import Criterion, LayerStats, load_criterion
+from sdcompress.errors import InputError
+from sdcompress.patterns import UNSTRUCTURED, Threshold, keep_mask, parse_pattern
+from sdcompress.plan import LayerPlan, SparsityPlan, make_plan
+from sdcompress.recipe import Recipe
+from sdcompress.safetensors_io import Header, StreamWriter, TensorInfo, raw_bytes, read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Progress = Callable[[str, int], None]  # what, how many bytes of weights were done
+
+
+def _silent(what: str, nbytes: int) -> None:
+    pass
+
+
+def prune(source: Bundle, recipe: Recipe, out: Path, *, progress: Progress = _silent) -> Bundle:
+    """Prune a weight bundle by a recipe into a new bundle at `out`.
+
+    Raises:
+        UsageError: the recipe does not fit the model.
+        InputError: weights are corrupt or not finite, or `out` exists.
+    """
+    catalog = read_catalog(source.path)
+    plan = make_plan(recipe, catalog)
+    with staging(out) as work:
+        resolved, tensors = _write_pruned(source.path, catalog, plan, recipe, work, progress)
+        linked = link_files(source, work)
+        manifest = Manifest(
+            stage="pruned",
+            parent=source.digest,
+            source=source.manifest.source,
+            recipe=recipe.model_dump(mode="json"),
+            tools=tool_versions(),
+            plan=resolved,
+            tensors=tensors,
+        )
+        seal(work, manifest, linked=linked)
+    return Bundle.open(out)
+
+
+def _write_pruned(
+    model: Path,
+    catalog: Catalog,
+    plan: SparsityPlan,
+    recipe: Recipe,
+    work: Path,
+    progress: Progress,
+) -> tuple[SparsityPlan, dict[str, dict[str, TensorRecord]]]:
+    layers = {(p.component, p.name): p for p in plan.layers}
+    tensors: dict[str, dict[str, TensorRecord]] = defaultdict(dict)
+    for component, shards in catalog.headers.items():
+        masks = _Masks(component, shards, plan, recipe)
+        for header in shards:
+            planned = {n for n in header.tensors if _is_pruned(layers.get((component, n)))}
+            target = work / header.path.relative_to(model)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with StreamWriter(target, header) if planned else nullcontext() as writer:
+                for info in header.tensors.values():
+                    weight = read_finite(info)
+                    if info.name in planned:
+                        layer = layers[component, info.name]
+                        weight[~masks.keep(weight, layer)] = 0.0
+                        zeros = int((weight == 0).sum())  # those the model brought along too
+                        layers[component, info.name] = layer.model_copy(
+                            update={"zeros": zeros, "sparsity": zeros / layer.numel}
+                        )
+                    if writer:
+                        writer.write(info, raw_bytes(weight))
+                    record = record_tensor(weight, info.dtype, pruned=info.name in planned)
+                    tensors[component][info.name] = record
+                    progress(f"pruning {component}", info.nbytes)
+    return plan.model_copy(update={"layers": tuple(layers.values())}), dict(tensors)
+
+
+def _is_pruned(layer: LayerPlan | None) -> bool:
+    return layer is not None and layer.pruned
+
+
+def read_finite(info: TensorInfo) -> Tensor:
+    """Read a tensor.
+
+    Raises:
+        InputError: it holds NaN or infinity.
+    """
+    weight = read_tensor(info)
+    if not bool(weight.isfinite().all()):
+        raise InputError(
+            f"{info.file}: {info.name} holds NaN or infinite weights; "
+            "use a checkpoint that makes pictures (fp16 conversions of fp32 can overflow)"
+        )
+    return weight
+
+
+class _Masks:
+    """Chooses what stays in one component. Call `keep` in file order: see `Threshold.keep`."""
+
+    def __init__(
+        self, component: str, shards: Sequence[Header], plan: SparsityPlan, recipe: Recipe
+    ) -> None:
+        self._component = component
+        self._seed = recipe.seed
+        self._infos = {i.name: i for h in shards for i in h.tensors.values()}
+        self._zeros: dict[str, int] = {}
+        self._thresholds: dict[str, Threshold] = {}
+        for group in _groups(plan.of(component), recipe):
+            if len(group.layers) == 1:
+                self._zeros[group.layers[0].name] = group.zeros
+            else:
+                threshold = Threshold.find(_Scores(self, group), group.zeros)
+                self._thresholds |= {layer.name: threshold for layer in group.layers}
+
+    def keep(self, weight: Tensor, layer: LayerPlan) -> Tensor:
+        """The mask of weights to keep, shaped like `weight`."""
+        scores = self.score(weight, layer)
+        if threshold := self._thresholds.get(layer.name):
+            return threshold.keep(scores)
+        pattern = parse_pattern(layer.pattern or "")
+        return keep_mask(scores, pattern, self._zeros[layer.name], _criterion(layer).compare)
+
+    def score(self, weight: Tensor, layer: LayerPlan) -> Tensor:
+        score = _criterion(layer).score
+        assert score is not None
+        name = f"{self._seed}/{self._component}/{layer.name}"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        return score(weight, LayerStats(seed=seed))
+
+    def read(self, layer: LayerPlan) -> Tensor:
+        return read_finite(self._infos[layer.name])
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The scores of a group, read again on every walk: two passes cost less than keeping them."""
+
+    masks: _Masks
+    group: Group
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for layer in self.group.layers:
+            yield self.masks.score(self.masks.read(layer), layer)
+
+
+def _groups(layers: Sequence[LayerPlan], recipe: Recipe) -> Iterator[Group]:
+    """Who competes with whom: N:M layers alone, the others as their component's allocation says."""
+    by_rule: dict[int, list[LayerPlan]] = defaultdict(list)
+    for layer in layers:
+        if layer.pruned and layer.rule is not None:
+            by_rule[layer.rule].append(layer)
+    for members in by_rule.values():
+        section = recipe.prune[members[0].component]
+        fixed = members[0].pattern != str(UNSTRUCTURED)
+        yield from allocate("uniform" if fixed else section.allocation, members)
+
+
+def _criterion(layer: LayerPlan) -> Criterion:
+    assert layer.criterion is not None
+    return load_criterion(layer.criterion)
+
+
+def record_tensor(weight: Tensor, dtype: str, *, pruned: bool) -> TensorRecord:
+    """The record of a tensor in memory; with `pruned`, its zeros and where they lie."""
+    record = TensorRecord(
+        dtype=dtype,
+        shape=tuple(weight.shape),
+        sha256=hashlib.sha256(raw_bytes(weight)).hexdigest(),
+    )
+    if not pruned:
+        return record
+    zero = (weight == 0).reshape(-1).numpy()
+    mask = hashlib.sha256(np.packbits(zero).tobytes()).hexdigest()
+    return record.model_copy(update={"zeros": int(zero.sum()), "zero_mask_sha256": mask})

@@ -1,0 +1,210 @@
+"""The YAML a person writes, checked in full before any slow work: unknown keys are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sdcompress.catalog import COMPONENTS
+from sdcompress.errors import SdcompressError, UsageError
+from sdcompress.patterns import parse_pattern
+from sdcompress.registry import names
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rule(_Part):
+    """One rule: the layers it speaks of, and what becomes of them.
+
+    `layers` is a glob on state-dict keys ("down_blocks.*.attentions.*"; `.weight` may be left off).
+    `sparsity` is the fraction of zeros; an N:M pattern brings its own.
+    """
+
+    layers: str = "*"
+    scope: Literal["linear", "conv", "all"] = "all"
+    keep: Literal["dense"] | None = None
+    reason: str | None = None
+    criterion: str = "magnitude"
+    pattern: str = "unstructured"
+    sparsity: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _one_of(value, "criteria")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Rule:
+        if self.keep:
+            extra = self.model_fields_set - {"layers", "scope", "keep", "reason"}
+            if extra:
+                raise ValueError(f"'keep: dense' takes no {', '.join(sorted(extra))}")
+            if not self.reason:
+                raise ValueError("'keep: dense' needs a 'reason'")
+            return self
+        fixed = _pattern_sparsity(self.pattern)
+        if fixed is None and self.sparsity is None:
+            raise ValueError("an unstructured rule needs a 'sparsity' between 0 and 1")
+        if fixed is not None and self.sparsity is not None and abs(fixed - self.sparsity) > 1e-9:
+            raise ValueError(
+                f"pattern {self.pattern} means sparsity {fixed:g}, found {self.sparsity:g}; "
+                "leave 'sparsity' out"
+            )
+        return self
+
+
+class ComponentRecipe(_Part):
+    """Ordered rules for one component; the last that matches a layer wins."""
+
+    allocation: str = "uniform"
+    rules: tuple[Rule, ...] = Field(min_length=1)
+
+    @field_validator("allocation")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _one_of(value, "allocation")
+
+
+class Export(_Part):
+    dtype: Literal["fp16", "fp32"] = "fp16"
+
+
+class Engine(_Part):
+    """Which backend builds the engines; `options` are the backend's own."""
+
+    backend: str = "onnxruntime"
+    options: dict[str, str | int | float | bool] = {}
+
+
+class Sampling(_Part):
+    """How pictures are made; what is left out is the model's own default.
+
+    `height` and `width` are in pixels.
+    """
+
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    height: int | None = Field(default=None, ge=8, multiple_of=8)
+    width: int | None = Field(default=None, ge=8, multiple_of=8)
+
+
+class Bench(_Part):
+    rounds: int = Field(default=10, ge=3)
+    iterations: int = Field(default=5, ge=1)
+    warmup: int = Field(default=1, ge=0)
+
+
+class Pictures(_Part):
+    """The pictures shown dense beside sparse; picture i uses seed `seed + i`."""
+
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Recipe(_Part):
+    """Everything `run` needs to know."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str | None = None
+    seed: int = 0
+    prune: dict[str, ComponentRecipe] = Field(min_length=1)
+    export: Export = Export()
+    engine: Engine = Engine()
+    sampling: Sampling = Sampling()
+    bench: Bench = Bench()
+    pictures: Pictures = Pictures()
+
+    @field_validator("prune")
+    @classmethod
+    def _components(cls, value: dict[str, ComponentRecipe]) -> dict[str, ComponentRecipe]:
+        if unknown := set(value) - set(COMPONENTS):
+            raise ValueError(
+                f"expected components among {', '.join(COMPONENTS)}, found {sorted(unknown)[0]!r}"
+            )
+        return value
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Load a shipped recipe by name, or any YAML file by path.
+
+    Raises:
+        UsageError: there is no such recipe, or it is not valid; the message names the key.
+    """
+    path = Path(name_or_path)
+    shipped = SHIPPED / f"{name_or_path}.yaml"
+    if not path.is_file():
+        if not shipped.is_file():
+            known = ", ".join(recipe_names())
+            raise UsageError(
+                f"no recipe {name_or_path!r}: expected a YAML file or one of {known}; "
+                "`sdcompress list recipes` describes them"
+            )
+        path = shipped
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path}: cannot be read as text ({e}); check the file") from e
+    except (yaml.YAMLError, RecursionError) as e:
+        where = getattr(e, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        problem = getattr(e, "problem", None) or "not valid YAML"
+        raise UsageError(f"{path}{line}: {problem}; correct the YAML") from e
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: expected a mapping with 'name' and 'prune', found {data!r:.40}")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as e:
+        raise UsageError(f"{path}: {describe_first(e)}") from e
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in SHIPPED.glob("*.yaml"))
+
+
+def describe_first(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key; correct its spelling or remove it"
+    message = first["msg"].removeprefix("Value error, ")
+    found = first.get("input")
+    if isinstance(found, (str, int, float)) and not first["type"].startswith("value_error"):
+        message += f", found {found!r}"
+    return f"{where}: {message}"
+
+
+def _one_of(value: str, folder: str) -> str:
+    if value not in (known := names(folder)):
+        raise ValueError(f"expected one of {', '.join(known)}, found {value!r}")
+    return value
+
+
+def _pattern_sparsity(text: str) -> float | None:
+    try:
+        return parse_pattern(text).sparsity
+    except SdcompressError as e:
+        raise ValueError(str(e)) from e
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML lets a key appear twice and keeps the last one; a recipe must not."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,169 @@
+"""What `results.json` holds: everything measured and everything needed to trust or repeat it.
+
+Times are in milliseconds, memory and sizes in bytes. Ratios are sparse ÷ dense throughout: 0.8
+means that the sparse engine takes 80 % of the dense one's time or memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sdcompress.errors import InputError
+from sdcompress.measure import Comparison
+from sdcompress.plan import Accounting
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Series(_Record):
+    """One figure of one contestant: percentiles over all iterations, and one median a process."""
+
+    p50: float
+    p95: float
+    p99: float
+    iterations: int = Field(description="iterations of all processes together")
+    rounds: tuple[float, ...] = Field(description="the median of each process, in round order")
+
+
+class Measure(_Record):
+    """One figure of the dense engine, the sparse engine, and the dense engine once more."""
+
+    unit: Literal["ms", "bytes"]
+    dense: Series
+    sparse: Series
+    control: Series
+    sparse_to_dense: Comparison
+    control_to_dense: Comparison
+
+
+class SparseKernels(_Record):
+    """How many operations run on kernels that skip zeros, out of how many, and how that is known."""
+
+    used: int | None = Field(description="None where the backend does not tell")
+    of: int
+    how: str
+
+
+class DeviceMemory(_Record):
+    """Memory on an accelerator, bytes: the peak is above the level before the engine was loaded."""
+
+    weights: int | None
+    context: int | None
+    peak: int | None
+
+
+class Engine(_Record):
+    """One of the two engines that were compared."""
+
+    digest: str
+    backend: str
+    providers: dict[str, str]
+    options: dict[str, object]
+    dtype: str
+    bytes: int
+    sparse_kernels: SparseKernels
+    device_memory: DeviceMemory | None = None
+
+
+class Setup(_Record):
+    """How it was measured."""
+
+    rounds: int
+    iterations: dict[str, int]
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    seed: int
+    prompt: str
+    memory: str
+    command: str
+
+
+class Control(_Record):
+    """The dense engine against itself; if it differs, nothing else here can be trusted."""
+
+    trustworthy: bool
+    differs: tuple[str, ...]
+    confidence: float
+
+
+class Environment(_Record):
+    """The machine and the software; figures hold for these."""
+
+    machine: str
+    processor: str
+    cores: int
+    memory_bytes: int
+    governor: str | None
+    load_before: float | None
+    system: str
+    python: str
+    versions: dict[str, str]
+    accelerator: str | None = None
+
+
+class Picture(_Record):
+    """The same prompt and seed from both engines; paths are relative to the results file.
+
+    `psnr` in dB against the dense picture; None where they are identical.
+    """
+
+    prompt: str
+    seed: int
+    dense: str
+    sparse: str
+    psnr: float | None
+
+
+class Check(_Record):
+    """One thing that was checked on the artefact, and how it ended."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+class Results(_Record):
+    """The whole of results.json."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    recipe: str | None = None
+    measures: dict[str, Measure]
+    control: Control
+    engines: dict[Literal["dense", "sparse"], Engine]
+    setup: Setup
+    environment: Environment
+    sparsity: Accounting | None = None
+    checks: tuple[Check, ...] | None = None
+    pictures: tuple[Picture, ...] | None = None
+
+    @property
+    def latency(self) -> dict[str, Measure]:
+        return {name: m for name, m in self.measures.items() if m.unit == "ms"}
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Raises InputError where the file is missing or is not a results.json of this version."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be read ({error.strerror}); `sdcompress bench` makes it"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the document"
+            raise InputError(
+                f"{path}: not a results.json of schema version 1 ({where}: {first['msg']}); "
+                "make it again with `sdcompress bench`"
+            ) from error
