@@ -140,7 +140,7 @@ class Bundle:
             raise VerificationError(f"{self.path}: {missing[0]} is missing; make the bundle again")
         if extra := sorted(found - set(self.manifest.files)):
             raise VerificationError(
-                f"{self.path}: {extra[0]} is not in the manifest; remove it or make the bundle again"
+                f"{self.path}: {extra[0]} is not in the manifest; remove the file"
             )
         for name, record in self.manifest.files.items():
             file = self.path / name
@@ -223,12 +223,21 @@ def to_json(data: object) -> str:
     return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside its place, then renamed."""
+    work = path.with_name(f".{path.name}.partial")
+    try:
+        with work.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
 def write_json(path: Path, data: object) -> None:
-    path.write_text(to_json(data), "utf-8")
-
-
-def write_log(directory: Path, facts: dict[str, Any]) -> None:
-    write_json(directory / LOG, facts)
+    write_text(path, to_json(data))
 
 
 def sha256_file(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a model has to prune, read from its configs and safetensors headers: no weights, no torch."""
+"""What a model has to prune, read from configs and safetensors headers: no weights, no torch."""
 
 from __future__ import annotations
 

@@ -44,7 +44,14 @@ def _silent(what: str, nbytes: int) -> None:
     pass
 
 
-def prune(source: Bundle, recipe: Recipe, out: Path, *, progress: Progress = _silent) -> Bundle:
+def prune(
+    source: Bundle,
+    recipe: Recipe,
+    out: Path,
+    *,
+    replace: bool = False,
+    progress: Progress = _silent,
+) -> Bundle:
     """Prune a weight bundle by a recipe into a new bundle at `out`.
 
     Raises:
@@ -53,7 +60,7 @@ def prune(source: Bundle, recipe: Recipe, out: Path, *, progress: Progress = _si
     """
     catalog = read_catalog(source.path)
     plan = make_plan(recipe, catalog)
-    with staging(out) as work:
+    with staging(out, replace=replace) as work:
         resolved, tensors = _write_pruned(source.path, catalog, plan, recipe, work, progress)
         linked = link_files(source, work)
         manifest = Manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal
@@ -97,9 +98,10 @@ class Sampling(_Part):
 
 
 class Bench(_Part):
-    rounds: int = Field(default=10, ge=3)
-    iterations: int = Field(default=5, ge=1)
-    warmup: int = Field(default=1, ge=0)
+    """Each engine runs in `rounds` fresh processes of about `budget` seconds of timed work."""
+
+    rounds: int = Field(default=10, ge=2)
+    budget: float = Field(default=1.2, gt=0, allow_inf_nan=False)
 
 
 class Pictures(_Part):
@@ -169,6 +171,28 @@ def recipe_names() -> list[str]:
     return sorted(p.stem for p in SHIPPED.glob("*.yaml"))
 
 
+def recipe_summary(name: str) -> str:
+    """The first sentence of a shipped recipe's opening comment, after its launch command."""
+    lines = (SHIPPED / f"{name}.yaml").read_text("utf-8").splitlines()
+    comment = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+    text = " ".join(comment[1:]).strip()
+    return text.split(". ")[0].rstrip(".")
+
+
+def model_of(recipe: Recipe, override: str | None) -> str:
+    """The model to work on.
+
+    Raises:
+        UsageError: neither the recipe nor the command line names one.
+    """
+    if model := override or recipe.model:
+        return model
+    raise UsageError(
+        f"recipe {recipe.name} names no model; give one with --model "
+        "(mini-sd2, a diffusers directory, a hub id or a .safetensors file)"
+    )
+
+
 def describe_first(error: ValidationError) -> str:
     """The first problem of a pydantic error in one line."""
     first = error.errors(include_url=False)[0]
@@ -195,8 +219,23 @@ def _pattern_sparsity(text: str) -> float | None:
         raise ValueError(str(e)) from e
 
 
+_BASE_TEN = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+}
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML lets a key appear twice and keeps the last one; a recipe must not."""
+    """Two habits of YAML 1.1 must not reach a recipe: a key that appears twice (the last one
+    would win), and `2:4` as a number (it would mean 124, in base 60).
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, _BASE_TEN.get(tag, pattern)) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()

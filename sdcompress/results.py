@@ -6,6 +6,7 @@ means that the sparse engine takes 80 % of the dense one's time or memory.
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Literal
 
@@ -21,13 +22,20 @@ class _Record(BaseModel):
 
 
 class Series(_Record):
-    """One figure of one contestant: percentiles over all iterations, and one median a process."""
+    """One figure of one contestant: percentiles over all iterations, and one median a process.
+
+    `median` is the median over processes, and is what ratios are made of.
+    """
 
     p50: float
     p95: float
     p99: float
     iterations: int = Field(description="iterations of all processes together")
     rounds: tuple[float, ...] = Field(description="the median of each process, in round order")
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
 
 
 class Measure(_Record):
@@ -52,9 +60,9 @@ class SparseKernels(_Record):
 class DeviceMemory(_Record):
     """Memory on an accelerator, bytes: the peak is above the level before the engine was loaded."""
 
-    weights: int | None
-    context: int | None
-    peak: int | None
+    weights: int | None = None
+    context: int | None = None
+    peak: int | None = None
 
 
 class Engine(_Record):

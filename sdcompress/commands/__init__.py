@@ -1,0 +1,88 @@
+"""The command line: one file a command, loaded only when it is called.
+
+A command parses, calls one function and prints. `--help` imports neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from sdcompress import __version__, registry
+from sdcompress.errors import SdcompressError
+
+
+class Commands(click.Group):
+    """A group whose commands are the modules of this folder."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in _ORDER if name in registry.names("commands")] + [
+            name for name in registry.names("commands") if name not in _ORDER
+        ]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in registry.names("commands"):
+            return None
+        command: click.Command = registry.load("commands", name).command
+        return command
+
+
+# The order of the work, which is the order a newcomer reads them in.
+_ORDER = ["run", "plan", "prune", "export", "build", "verify", "bench", "report", "generate"]
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sdcompress")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Prune a Stable Diffusion 2 pipeline, export it, prove the zeros, measure what they bring.
+
+    \b
+    Everything in one go, on the small model that comes with the package:
+      sdcompress run demo -o out
+    """
+
+
+def main() -> None:
+    """The entry point: errors become one line on stderr and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; the same command goes on from the last finished stage", 130)
+    except SdcompressError as e:
+        if debug:
+            raise
+        _fail(str(e), e.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
+        sys.exit(141)
+    except Exception as e:
+        if debug:
+            raise
+        _fail(_unexpected(e), 1)
+
+
+def _unexpected(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{place}{error.strerror}; free some space or check the path, nothing was half-written"
+        )
+    if isinstance(error, MemoryError):
+        return "out of memory; close other programs or use a smaller model"
+    text = " ".join(str(error).split()) or "no message"
+    return (
+        f"{type(error).__name__}: {text:.300}; this is a bug or a broken file, --debug shows where"
+    )
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"sdcompress: {message}", err=True)
+    sys.exit(code)

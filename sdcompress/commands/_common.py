@@ -1,0 +1,159 @@
+"""What the commands share: options, progress on stderr, one JSON document on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sdcompress.bundle import Bundle
+    from sdcompress.models.sources import ResolvedModel
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, the rest on stderr."
+)
+output_option = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Where the result goes; it must not exist yet.",
+)
+
+
+def model_options(f: F) -> F:
+    """The options that say which model, and how it is taken in."""
+    for option in (
+        click.option(
+            "--prediction-type",
+            type=click.Choice(["epsilon", "v_prediction"]),
+            help="Of a single-file checkpoint: epsilon (512-base) or v_prediction (768).",
+        ),
+        click.option("--allow-pickle", is_flag=True, help="Accept pickled weights you trust."),
+        click.option(
+            "--lora", "loras", multiple=True, metavar="FILE:SCALE", help="Merge a LoRA first."
+        ),
+    ):
+        f = option(f)
+    return f
+
+
+def resolve_model(
+    model: str, *, loras: tuple[str, ...], allow_pickle: bool, prediction_type: str | None
+) -> ResolvedModel:
+    """A model source as a local diffusers directory; see `sdcompress.models.sources`."""
+    from sdcompress.models.sources import resolve
+
+    return resolve(model, loras=loras, allow_pickle=allow_pickle, prediction_type=prediction_type)
+
+
+def open_model(
+    model: str,
+    *,
+    loras: tuple[str, ...] = (),
+    allow_pickle: bool = False,
+    prediction_type: str | None = None,
+) -> Bundle:
+    """A model source, or an existing bundle of weights, as a bundle."""
+    from sdcompress.bundle import MANIFEST, Bundle
+
+    path = Path(model)
+    if (path / MANIFEST).is_file() and not loras:
+        bundle = Bundle.open(path, stages=("source", "pruned", "tuned"))
+        bundle.check_files()
+        return bundle
+    resolved = resolve_model(
+        model, loras=loras, allow_pickle=allow_pickle, prediction_type=prediction_type
+    )
+    return Bundle.of_source(resolved.directory, resolved.source)
+
+
+def console() -> Console:
+    """Where people read: stderr, so that stdout stays one document."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def emit(document: BaseModel, as_json: bool, show: Callable[[Console], None]) -> None:
+    """Print the result: the document for programs, or what `show` prints for people."""
+    from rich.console import Console
+
+    if as_json:
+        click.echo(document.model_dump_json(indent=1))
+    else:
+        show(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+
+
+@contextmanager
+def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar over bytes of weights, on a terminal only."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console(), transient=True) as progress:
+        files = bundle.manifest.files.items()
+        total = sum(record.size for name, record in files if name.endswith(".safetensors"))
+        task = progress.add_task("reading", total=total)
+        yield lambda what, n: progress.update(task, description=what, advance=n)
+
+
+@contextmanager
+def counted_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over things that are counted, such as pictures; on a terminal only."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def stage_status(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with elapsed time and the current step, for stages without a countable total."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console(), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda step: progress.update(task, description=f"{what}: {step}")
+
+
+class Stopwatch:
+    """Wall-clock seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: 1.7 GB, 812 MB, 4.1 kB."""
+    value = float(nbytes)
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return (
+                f"{value:.0f} {unit}" if unit == "bytes" or value >= 100 else f"{value:.1f} {unit}"
+            )
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -1,0 +1,74 @@
+"""Tables that more than one command prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdcompress.commands._common import size
+from sdcompress.plan import Accounting, ComponentSparsity
+from sdcompress.results import Measure, Results
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def accounting_table(accounting: Accounting) -> Table:
+    """The four sparsities, a row each component, then together and the whole pipeline."""
+    from rich.table import Table
+
+    table = Table(
+        "", "parameters", "asked", "of the layers pruned", "really zero", title="sparsity"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def row(name: str, s: ComponentSparsity) -> None:
+        percentages = (s.asked, s.of_layers_pruned, s.of_component)
+        table.add_row(name, f"{s.parameters:,}", *(f"{p:.1%}" for p in percentages))
+
+    for name, sparsity in accounting.components.items():
+        row(name, sparsity)
+    table.add_section()
+    row("components pruned, together", accounting.together)
+    row("whole pipeline", accounting.pipeline)
+    return table
+
+
+def measures_table(results: Results) -> Table:
+    """Dense against sparse: medians, the ratio with its interval, and what that says."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    s = results.setup
+    title = f"{s.width}×{s.height} pixels, {s.steps} steps, medians of {s.rounds} rounds"
+    table = Table("", "dense", "sparse", "sparse ÷ dense", "says", title=title)
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for name, m in results.measures.items():
+        c = m.sparse_to_dense
+        ratio = f"{c.ratio:.3f} [{c.low:.3f}, {c.high:.3f}]"
+        dense, sparse = (_quantity(x.p50, m) for x in (m.dense, m.sparse))
+        table.add_row(name.replace("_", " "), dense, sparse, escape(ratio), c.verdict)
+    sizes = [results.engines[twin].bytes for twin in ("dense", "sparse")]
+    size_ratio = f"{sizes[1] / sizes[0]:.3f}"
+    table.add_row("engine files", size(sizes[0]), size(sizes[1]), size_ratio, "")
+    return table
+
+
+def print_outcome(console: Console, results: Path, page: Path) -> None:
+    """What `run` ends with: the sparsities, the figures, and where the page is."""
+    loaded = Results.read(results)
+    if loaded.sparsity:
+        console.print(accounting_table(loaded.sparsity))
+    console.print(measures_table(loaded))
+    kernels = loaded.engines["sparse"].sparse_kernels
+    console.print(f"sparse kernels used: {kernels.used} of {kernels.of} layers ({kernels.how})")
+    if not loaded.control.trustworthy:
+        console.print("the dense engine differed from itself: this machine was too busy to trust")
+    console.print(f"page: {page}")
+
+
+def _quantity(value: float, measure: Measure) -> str:
+    return size(round(value)) if measure.unit == "bytes" else f"{value:.1f} ms"

@@ -1,0 +1,80 @@
+"""`sdcompress bench`: two engines against each other, and a control."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from sdcompress.commands._common import counted_progress, emit, json_option
+from sdcompress.results import Results
+
+Output = Results
+
+
+@click.command()
+@click.argument("dense", type=click.Path(path_type=Path))
+@click.argument("sparse", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The results.json."
+)
+@click.option("--rounds", type=click.IntRange(min=2), default=10, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of the whole picture.")
+@click.option("--guidance", type=float, help="Guidance scale; 1 or less runs one branch.")
+@click.option("--height", type=click.IntRange(min=8), help="Pixels.")
+@click.option("--width", type=click.IntRange(min=8), help="Pixels.")
+@click.option(
+    "--budget",
+    type=float,
+    default=1.2,
+    show_default=True,
+    help="Seconds of timed work in each process.",
+)
+@json_option
+def command(
+    dense: Path,
+    sparse: Path,
+    output: Path,
+    rounds: int,
+    steps: int | None,
+    guidance: float | None,
+    height: int | None,
+    width: int | None,
+    budget: float,
+    as_json: bool,
+) -> None:
+    """Measure the engine SPARSE against the engine DENSE: latency, memory, size, load time.
+
+    Each runs in fresh processes, in turn, and the dense engine runs against itself as a control.
+
+    \b
+    Example:
+      sdcompress bench out/engine/dense out/engine/sparse -o results.json
+    """
+    from export.bench import bench
+    from export.run import command_line
+    from sdcompress.bundle import Bundle, write_text
+    from sdcompress.errors import UsageError
+    from sdcompress.models.defaults import sampling_defaults
+
+    if output.exists():
+        raise UsageError(f"{output}: already exists; choose another --output or remove it")
+    engines = [Bundle.open(path, stages=("engine",)) for path in (dense, sparse)]
+    asked = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+    defaults = sampling_defaults(engines[0].manifest.source)
+    sampling = {k: defaults[k] if v is None else v for k, v in asked.items()}
+    with counted_progress("measuring") as progress:
+        results = bench(
+            *engines,
+            rounds=rounds,
+            budget=budget,
+            command=command_line(sys.argv[1:]),
+            progress=progress,
+            **sampling,
+        )
+    write_text(output, results.model_dump_json(indent=1) + "\n")
+
+    from sdcompress.commands._tables import measures_table
+
+    emit(results, as_json, lambda console: console.print(measures_table(results)))

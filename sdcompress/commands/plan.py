@@ -1,0 +1,81 @@
+"""`sdcompress plan`: what a recipe would do to a model, layer by layer; no weights are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+from pydantic import BaseModel
+
+from sdcompress.commands._common import emit, json_option, model_options, resolve_model
+from sdcompress.plan import Accounting, SparsityPlan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Output(BaseModel):
+    """`plan --json`."""
+
+    recipe: str
+    model: str
+    accounting: Accounting
+    plan: SparsityPlan
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--model", help="Instead of the recipe's model: mini-sd2, a directory, a hub id, ….")
+@model_options
+@click.option("--all", "show_all", is_flag=True, help="List biases and norms too.")
+@json_option
+def command(
+    recipe: str,
+    model: str | None,
+    loras: tuple[str, ...],
+    allow_pickle: bool,
+    prediction_type: str | None,
+    show_all: bool,
+    as_json: bool,
+) -> None:
+    """Show what RECIPE prunes, how far, and what it skips and why.
+
+    \b
+    Example:
+      sdcompress plan sd2-2to4 --model mini-sd2
+    """
+    from sdcompress.catalog import read_catalog
+    from sdcompress.plan import account, make_plan
+    from sdcompress.recipe import load_recipe, model_of
+
+    loaded = load_recipe(recipe)
+    name = model_of(loaded, model)
+    model_source = resolve_model(
+        name, loras=loras, allow_pickle=allow_pickle, prediction_type=prediction_type
+    )
+    made = make_plan(loaded, read_catalog(model_source.directory))
+    output = Output(recipe=loaded.name, model=name, accounting=account(made), plan=made)
+    emit(output, as_json, lambda console: _show(console, output, show_all))
+
+
+def _show(console: Console, output: Output, show_all: bool) -> None:
+    from rich.table import Table
+
+    from sdcompress.commands._tables import accounting_table
+
+    table = Table("layer", "shape", "pattern", "criterion", "sparsity", title=output.recipe)
+    hidden = 0
+    for p in output.plan.layers:
+        shape = "×".join(map(str, p.shape))
+        name = f"{p.component}.{p.name}"
+        if p.pruned:
+            sparsity = p.sparsity if isinstance(p.sparsity, str) else f"{p.sparsity:.1%}"
+            table.add_row(name, shape, p.pattern, p.criterion, sparsity)
+        elif show_all or p.kind in ("linear", "conv", "embedding"):
+            table.add_row(name, shape, "dense", "", p.skipped_because, style="dim")
+        else:
+            hidden += 1
+    console.print(table)
+    if hidden:
+        console.print(f"{hidden} biases and normalisation tensors stay dense (--all lists them)")
+    console.print(accounting_table(output.accounting))

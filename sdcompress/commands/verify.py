@@ -1,0 +1,53 @@
+"""`sdcompress verify`: is the artefact what its manifest says?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from export.verify_report import VerifyReport
+from sdcompress.commands._common import emit, json_option, stage_status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Output = VerifyReport
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="The bundle it was made from: values must then agree bit for bit.",
+)
+@click.option("--no-parity", is_flag=True, help="Skip running the model in onnxruntime and torch.")
+@json_option
+def command(bundle: Path, against: Path | None, no_parity: bool, as_json: bool) -> None:
+    """Check BUNDLE: digests, zeros against the plan, patterns by axis, dtypes, parity.
+
+    Ends with exit code 3 if a check fails, and names the tensors.
+
+    \b
+    Example:
+      sdcompress verify onnx --against pruned
+    """
+    from export.verify import verify_bundle
+    from sdcompress.errors import VerificationError
+
+    with stage_status("verifying") as progress:
+        report = verify_bundle(bundle, against=against, parity=not no_parity, progress=progress)
+    emit(report, as_json, lambda console: _show(console, report))
+    if not report.passed:
+        failed = next(c for c in report.checks if not c.passed)
+        raise VerificationError(f"{bundle}: {failed.name} failed: {failed.detail}")
+
+
+def _show(console: Console, report: VerifyReport) -> None:
+    for check in report.checks:
+        mark = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
+        console.print(f"{mark} {check.name}: {check.detail}")
+        for name in check.tensors[:20]:
+            console.print(f"       {name}")

@@ -1,0 +1,105 @@
+"""Bundles are written whole or not at all, and say so when they have been touched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sdcompress.bundle import MANIFEST, Bundle, link_or_copy, staging, write_text
+from sdcompress.errors import InputError, VerificationError
+
+
+def test_a_bundle_checks_its_files(pruned: Bundle, tmp_path: Path) -> None:
+    pruned.check_files()
+    for change, message in (
+        (lambda p: (p / "LICENSE").unlink(), "LICENSE is missing"),
+        (lambda p: (p / "extra.txt").write_text("x"), "extra.txt is not in the manifest"),
+    ):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(pruned.path, copy)
+        change(copy)
+        with pytest.raises(VerificationError, match=message):
+            Bundle.open(copy).check_files()
+    shutil.rmtree(copy)
+    shutil.copytree(pruned.path, copy)
+    weights = copy / "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(VerificationError, match="diffusion_pytorch_model.safetensors is not"):
+        Bundle.open(copy).check_files()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 2}', "\x00"])
+def test_a_bad_manifest_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(InputError, match="not a manifest this version understands") as caught:
+        Bundle.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_wrong_stage_says_what_to_do(pruned: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a bundle of stage onnx, found pruned; run"):
+        Bundle.open(pruned.path, stages=("onnx",))
+    with pytest.raises(InputError, match="no readable manifest"):
+        Bundle.open(tmp_path)
+
+
+def test_staging_is_all_or_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), staging(target) as work:
+        (work / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with staging(target) as work:
+        (work / "whole").write_text("x")
+        assert not target.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(InputError, match="already exists"), staging(target):
+        pass
+    with staging(target, replace=True) as work:
+        (work / "new").write_text("y")
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_staging_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with staging(target) as work:
+        (work / "old").write_text("x")
+    with pytest.raises(RuntimeError), staging(target, replace=True):
+        raise RuntimeError
+    assert (target / "old").exists()
+
+
+def test_staging_clears_up_after_the_dead_but_not_the_living(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-dead").mkdir()
+    with staging(tmp_path / "out") as first:
+        assert not (tmp_path / ".out.partial-dead").exists()
+        with staging(tmp_path / "out", replace=True) as second:
+            assert first.exists()
+            assert second != first
+
+
+def test_an_output_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be created"), staging(tmp_path / "file" / "out"):
+        pass
+
+
+def test_text_is_replaced_in_one_step(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "1")
+    write_text(tmp_path / "a", "2")
+    assert (tmp_path / "a").read_text() == "2"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_linking_follows_links_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("x")
+    (tmp_path / "snapshot").symlink_to("blob")
+    link_or_copy(tmp_path / "snapshot", tmp_path / "bundle" / "file")
+    assert not (tmp_path / "bundle" / "file").is_symlink()
+    assert (tmp_path / "bundle" / "file").samefile(tmp_path / "blob")

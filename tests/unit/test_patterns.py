@@ -1,0 +1,145 @@
+"""Literal oracles for the one place that knows groups and axes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdcompress.errors import UsageError
+from sdcompress.patterns import (
+    UNSTRUCTURED,
+    Pattern,
+    Threshold,
+    fits,
+    keep_mask,
+    parse_pattern,
+    planned_zeros,
+    violations,
+    zeros_for,
+)
+
+TWO_OF_FOUR = Pattern(2, 4)
+
+
+def test_unstructured_drops_the_lowest_of_the_whole_tensor() -> None:
+    scores = torch.tensor([[1.0, 8.0, 3.0, 6.0], [5.0, 4.0, 7.0, 2.0]])
+    keep = keep_mask(scores, UNSTRUCTURED, 4, "tensor")
+    assert keep.int().tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
+
+
+def test_rows_compete_among_themselves() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]])
+    keep = keep_mask(scores, UNSTRUCTURED, 4, "row")
+    assert keep.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 1]]
+
+
+def test_two_of_four_of_a_linear_runs_along_the_inputs() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0, 8.0, 7.0, 6.0, 5.0]])
+    keep = keep_mask(scores, TWO_OF_FOUR, 4, "tensor")
+    assert keep.int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]]
+
+
+def test_two_of_four_of_a_conv_runs_along_the_channels_of_each_kernel_position() -> None:
+    # One output channel, 4 input channels, a 3×3 kernel. At position (r, s) channel c scores
+    # (c + 3r + s) mod 4, so that each position drops another pair of channels.
+    scores = torch.tensor(
+        [[[[(c + 3 * r + s) % 4 for s in range(3)] for r in range(3)] for c in range(4)]]
+    )
+    keep = keep_mask(scores.float(), TWO_OF_FOUR, 18, "tensor")
+    assert keep[0, :, 0, 0].int().tolist() == [0, 0, 1, 1]
+    assert keep[0, :, 0, 1].int().tolist() == [0, 1, 1, 0]
+    assert keep[0, :, 0, 2].int().tolist() == [1, 1, 0, 0]
+    assert keep[0, :, 1, 0].int().tolist() == [1, 0, 0, 1]
+    assert violations(keep, TWO_OF_FOUR) == 0
+
+
+def test_a_conv_grouped_on_the_flattened_axis_is_caught() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 16, 3, 3)
+    flat = keep_mask(weight.abs().reshape(8, -1), TWO_OF_FOUR, 576, "tensor").reshape(weight.shape)
+    assert int((flat == 0).sum()) == 576  # exactly half, and yet
+    assert violations(weight * flat, TWO_OF_FOUR) > 0
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    ones = torch.ones(2, 4)
+    assert keep_mask(ones, UNSTRUCTURED, 3, "tensor").int().tolist() == [[0, 0, 0, 1], [1, 1, 1, 1]]
+    assert keep_mask(ones, UNSTRUCTURED, 4, "row").int().tolist() == [[0, 0, 1, 1]] * 2
+    assert keep_mask(ones, TWO_OF_FOUR, 4, "tensor").int().tolist() == [[0, 0, 1, 1]] * 2
+
+
+def test_a_threshold_over_several_tensors_equals_one_over_their_concatenation() -> None:
+    torch.manual_seed(1)
+    parts = [torch.randint(-3, 4, (5, 7)).float(), torch.randn(3, 4), torch.zeros(2, 2)]
+    whole = torch.cat([p.reshape(-1) for p in parts]).reshape(1, -1)
+    for zeros in range(0, whole.numel() + 1, 3):
+        threshold = Threshold.find(parts, zeros)
+        got = torch.cat([threshold.keep(p).reshape(-1) for p in parts])
+        expected = torch.ones(whole.numel(), dtype=torch.bool)
+        expected[torch.argsort(whole[0], stable=True)[:zeros]] = False
+        assert got.tolist() == expected.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 2**31),
+    sparsity=st.floats(0, 1),
+    conv=st.booleans(),
+)
+def test_the_count_of_zeros_is_exact_in_every_type(
+    dtype: torch.dtype, seed: int, sparsity: float, conv: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (6, 8, 3, 3) if conv else (6, 8)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    zeros = zeros_for(sparsity, weight.numel())
+    keep = keep_mask(weight.abs(), UNSTRUCTURED, zeros, "tensor")
+    assert int((~keep).sum()) == zeros
+    if 0 < zeros < weight.numel():
+        assert weight[~keep].abs().max() <= weight[keep].abs().min()
+
+
+@pytest.mark.parametrize("m", range(1, 17))
+def test_any_n_of_m(m: int) -> None:
+    torch.manual_seed(m)
+    weight = torch.randn(3, m * 2, 2, 2)
+    for n in range(1, m + 1):
+        pattern = Pattern(n, m)
+        zeros = planned_zeros(pattern, tuple(weight.shape), 0.0, "tensor")
+        keep = keep_mask(weight.abs(), pattern, zeros, "tensor")
+        assert int((~keep).sum()) == zeros == weight.numel() * (m - n) // m
+        assert violations(weight * keep, pattern) == 0
+        if n < m:
+            assert violations(weight, pattern) == weight.numel() // m
+
+
+def test_minus_zero_is_a_zero() -> None:
+    weight = torch.tensor([[-0.0, 0.0, 1.0, 2.0]])
+    assert violations(weight, TWO_OF_FOUR) == 0
+    assert keep_mask(weight, UNSTRUCTURED, 1, "tensor").int().tolist() == [[0, 1, 1, 1]]
+
+
+def test_rounding_is_half_up() -> None:
+    assert [zeros_for(0.5, n) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    assert zeros_for(0.0, 9) == 0
+    assert zeros_for(1.0, 9) == 9
+
+
+def test_what_does_not_fit_is_said() -> None:
+    assert fits(TWO_OF_FOUR, (8, 6)) == "6 input channels are not divisible by 4"
+    assert fits(TWO_OF_FOUR, (6, 8, 3, 3)) is None
+    assert fits(UNSTRUCTURED, (8, 6)) is None
+
+
+@pytest.mark.parametrize("text", ["2/4", "4:2", "0:4", "2:17", "2:4 ", "structured", "", "02:004"])
+def test_bad_patterns_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="expected 'unstructured' or N:M"):
+        parse_pattern(text)
+
+
+def test_patterns_read_back_as_written() -> None:
+    for text in ("unstructured", "2:4", "1:1", "7:16"):
+        assert str(parse_pattern(text)) == text

@@ -1,0 +1,122 @@
+"""The plan and its accounting, on the exact geometry of SD2-base and on small cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdcompress.catalog import Catalog, read_catalog
+from sdcompress.errors import InputError, UsageError
+from sdcompress.plan import BY_ALLOCATION, account, make_plan
+from sdcompress.recipe import Recipe, load_recipe
+from tests import full_size
+
+
+@pytest.fixture(scope="module")
+def sd2(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    return read_catalog(full_size.write_hollow_sd2(tmp_path_factory.mktemp("sd2")))
+
+
+def _recipe(rules: list[dict[str, Any]], allocation: str = "uniform") -> Recipe:
+    prune = {"unet": {"rules": rules, "allocation": allocation}}
+    return Recipe.model_validate({"name": "r", "prune": prune})
+
+
+def test_the_catalog_tells_modules_apart_as_torch_does(sd2: Catalog) -> None:
+    kinds = {torch.nn.Linear: "linear", torch.nn.Conv2d: "conv", torch.nn.Embedding: "embedding"}
+    for component, root in full_size.modules().items():
+        expected = {
+            f"{name}.weight": kinds[type(module)]
+            for name, module in root.named_modules()
+            if type(module) in kinds
+        }
+        found = {p.name: p.kind for p in sd2.of(component) if p.kind != "other"}
+        assert found == expected
+
+
+def test_the_size_of_sd2_base(sd2: Catalog) -> None:
+    assert sd2.parameters == {"text_encoder": 340_387_840, "unet": 865_910_724}
+    linear = {c: sum(p.numel for p in sd2.of(c) if p.kind == "linear") for c in sd2.components}
+    assert round(linear["unet"] / 1e6, 1) == 301.2
+    assert round(linear["text_encoder"] / 1e6, 1) == 289.4
+
+
+def test_the_reference_studys_accounting(sd2: Catalog) -> None:
+    accounting = account(make_plan(load_recipe("sd2-magnitude-38"), sd2))
+    unet, text = (accounting.components[c] for c in ("unet", "text_encoder"))
+    assert round(100 * unet.of_component, 1) == 12.2
+    assert round(100 * text.of_component, 1) == 40.4
+    assert round(100 * accounting.together.of_component, 1) == 20.1
+    assert round(100 * accounting.together.asked, 1) == 38.5
+    assert unet.of_layers_pruned == pytest.approx(0.35, abs=1e-6)
+    assert text.of_layers_pruned == pytest.approx(0.475, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd2-2to4", "sd-turbo-jetson", "sd2-magnitude-38"])
+def test_shipped_recipes_fit_sd2(sd2: Catalog, name: str) -> None:
+    plan = make_plan(load_recipe(name), sd2)
+    assert sum(p.pruned for p in plan.layers) > 200
+    assert all(p.pruned or p.skipped_because for p in plan.layers)
+
+
+def test_two_to_four_everywhere_is_half_of_the_layers(sd2: Catalog) -> None:
+    accounting = account(make_plan(load_recipe("sd2-2to4"), sd2))
+    assert accounting.together.of_layers_pruned == 0.5
+
+
+def test_the_last_rule_that_matches_wins(tiny_sd: Path) -> None:
+    rules = [
+        {"sparsity": 0.5},
+        {"layers": "*.to_q", "sparsity": 0.25},
+        {"layers": "mid_block.*", "keep": "dense", "reason": "it is the middle"},
+    ]
+    plan = make_plan(_recipe(rules), read_catalog(tiny_sd))
+    by_name = {p.name: p for p in plan.of("unet")}
+    query = next(n for n in by_name if n.endswith("to_q.weight") and not n.startswith("mid"))
+    assert by_name[query].sparsity == 0.25
+    assert by_name["conv_in.weight"].sparsity == 0.5
+    middle = next(p for n, p in by_name.items() if n.startswith("mid") and p.kind == "linear")
+    assert middle.skipped_because == "kept dense by rule 3: it is the middle"
+    assert by_name["conv_in.bias"].skipped_because == "bias or normalisation"
+    dense = plan.of("text_encoder")[0].skipped_because
+    assert dense == "the recipe leaves this component dense"
+
+
+def test_a_layer_a_pattern_does_not_fit_is_skipped_with_the_reason(tiny_sd: Path) -> None:
+    plan = make_plan(_recipe([{"pattern": "2:16"}]), read_catalog(tiny_sd))
+    first = next(p for p in plan.of("unet") if p.name == "conv_in.weight")
+    assert first.skipped_because == "4 input channels are not divisible by 16"
+
+
+def test_a_global_allocation_is_open_until_the_weights_are_read(tiny_sd: Path) -> None:
+    plan = make_plan(_recipe([{"sparsity": 0.3}], "global"), read_catalog(tiny_sd))
+    assert {p.sparsity for p in plan.layers if p.pruned} == {BY_ALLOCATION}
+    assert account(plan).together.of_layers_pruned == pytest.approx(0.3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"layers": "nowhere.*", "sparsity": 0.5}, "rule 1: 'nowhere.*' matches none"),
+        ({"layers": "conv_in", "scope": "linear", "sparsity": 0.5}, "matches none"),
+    ],
+)
+def test_a_glob_that_matches_nothing_is_refused(
+    tiny_sd: Path, rule: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_plan(_recipe([rule]), read_catalog(tiny_sd))
+
+
+def test_a_component_the_model_lacks_is_refused(sd2: Catalog) -> None:
+    recipe = Recipe.model_validate({"name": "r", "prune": {"vae": {"rules": [{"sparsity": 0.5}]}}})
+    with pytest.raises(UsageError, match="prunes vae, the model has text_encoder, unet"):
+        make_plan(recipe, sd2)
+
+
+def test_a_missing_component_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected safetensors weights, found nothing"):
+        read_catalog(tmp_path)

@@ -1,0 +1,85 @@
+"""Recipes are refused early, in one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdcompress.errors import UsageError
+from sdcompress.recipe import load_recipe, model_of, recipe_names, recipe_summary
+
+RULE = "prune: {unet: {rules: [%s]}}"
+GOOD = "{sparsity: 0.5}"
+
+
+def _load(tmp_path: Path, text: str) -> object:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(str(path))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_describes_itself(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert 20 < len(recipe_summary(name)) < 120
+    first = (Path("sdcompress/recipes") / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith(f"# sdcompress run {name} ")
+
+
+def test_the_issue_asks_for_these_recipes() -> None:
+    assert {"demo", "sd2-magnitude-38", "sd2-2to4", "sd-turbo-jetson"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nprune: {}", "prune: .*at least 1 item"),
+        ("name: a\nprun: 1", "prun.*unknown key|prune.*required"),
+        (f"name: a\n{RULE % '{sparsty: 0.5}'}", "rules.0.*"),
+        (f"name: a\n{RULE % '{sparsity: 1.5}'}", "sparsity.*less than or equal to 1"),
+        (f"name: a\n{RULE % '{sparsity: -0.1}'}", "sparsity.*greater than or equal to 0"),
+        (f"name: a\n{RULE % '{sparsity: .nan}'}", "sparsity.*finite"),
+        (f"name: a\n{RULE % '{}'}", "needs a 'sparsity'"),
+        (f"name: a\n{RULE % '{pattern: 4:2}'}", "expected 'unstructured' or N:M"),
+        (f"name: a\n{RULE % '{pattern: 2:4, sparsity: 0.3}'}", "means sparsity 0.5, found 0.3"),
+        (f"name: a\n{RULE % '{criterion: magic, sparsity: 0.5}'}", "expected one of magnitude"),
+        (f"name: a\n{RULE % '{keep: dense}'}", "needs a 'reason'"),
+        (f"name: a\n{RULE % '{keep: dense, reason: x, sparsity: 0.5}'}", "takes no sparsity"),
+        ("name: a\nprune: {unett: {rules: [{sparsity: 0.5}]}}", "found 'unett'"),
+        ("name: ../a\n" + RULE % GOOD, "name: "),
+        ("name: a\nname: b\n" + RULE % GOOD, "'name' appears twice"),
+        ("name: [", "line 2|line 1"),
+        ("- a", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("name: a\nsampling: {height: 63}\n" + RULE % GOOD, "multiple of 8"),
+        ("a: &a [*a]", "recipe|expected|unknown|required"),
+    ],
+)
+def test_a_bad_recipe_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        _load(tmp_path, text)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_binary_file_is_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be read as text"):
+        load_recipe(str(path))
+
+
+def test_an_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="demo, sd-turbo-jetson"):
+        load_recipe("demoo")
+
+
+def test_a_model_must_come_from_somewhere(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: a\n" + RULE % GOOD)
+    recipe = load_recipe(str(path))
+    assert model_of(recipe, "mini-sd2") == "mini-sd2"
+    with pytest.raises(UsageError, match="--model"):
+        model_of(recipe, None)
