@@ -13,10 +13,11 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -30,9 +31,9 @@ STATE = "state.json"
 RESULTS = "results.json"
 VERIFY = "verify.json"
 PAGE = "report.html"
-Twin = Literal["dense", "sparse"]
-TWINS: tuple[Twin, Twin] = ("dense", "sparse")
+TWINS = ("dense", "sparse")
 
+Make = Callable[[Bundle, Path], Bundle]
 Announce = Callable[[str, bool], None]  # a stage, and whether it was done before
 
 
@@ -151,28 +152,24 @@ def run(
         lambda path: prune(source, recipe, path, replace=True),
         source,
     )
-    weights = {"dense": source, "sparse": pruned}
-    dtype = recipe.export.dtype
-    onnx = {
-        twin: bundle(
-            f"onnx/{twin}",
-            {"dtype": dtype},
-            lambda path, twin=twin: export_bundle(weights[twin], path, dtype=dtype, replace=True),
-            weights[twin],
-        )
-        for twin in TWINS
-    }
+    dtype, options = recipe.export.dtype, dict(recipe.engine.options)
+
+    def export(weights: Bundle, path: Path) -> Bundle:
+        return export_bundle(weights, path, dtype=dtype, replace=True)
+
+    def build(onnx: Bundle, path: Path) -> Bundle:
+        return backend.build(onnx, path, options=options, replace=True)
+
+    def both(stage: str, settings: Any, make: Make, of: Mapping[str, Bundle]) -> dict[str, Bundle]:
+        return {
+            twin: bundle(f"{stage}/{twin}", settings, partial(make, of[twin]), of[twin])
+            for twin in TWINS
+        }
+
+    onnx = both("onnx", {"dtype": dtype}, export, {"dense": source, "sparse": pruned})
     _verify(place, onnx["sparse"], pruned, announce)
-    options = dict(recipe.engine.options)
-    engines = {
-        twin: bundle(
-            f"engine/{twin}",
-            {"backend": recipe.engine.backend, "options": options},
-            lambda path, twin=twin: backend.build(onnx[twin], path, options=options, replace=True),
-            onnx[twin],
-        )
-        for twin in TWINS
-    }
+    engine_settings = {"backend": recipe.engine.backend, "options": options}
+    engines = both("engine", engine_settings, build, onnx)
     _pictures(place, recipe, engines, source, announce)
     _bench(place, recipe, engines, source, command, announce)
     write_json(out / "log.json", {"seconds": place.seconds, "command": command})

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from sdcompress.errors import InputError
 from sdcompress.measure import Comparison
@@ -50,7 +50,7 @@ class Measure(_Record):
 
 
 class SparseKernels(_Record):
-    """How many operations run on kernels that skip zeros, out of how many, and how that is known."""
+    """How many operations run on kernels that skip zeros, of how many, and how that is known."""
 
     used: int | None = Field(description="None where the backend does not tell")
     of: int
@@ -130,11 +130,26 @@ class Picture(_Record):
 
 
 class Check(_Record):
-    """One thing that was checked on the artefact, and how it ended."""
+    """One thing that was looked at. `tensors` names those that failed, a few of them."""
 
     name: str
     passed: bool
-    detail: str = ""
+    detail: str
+    tensors: tuple[str, ...] = ()
+    tolerance: float | None = None
+
+
+class VerifyReport(_Record):
+    """All checks of one bundle, named by its digest; `passed` if every one did."""
+
+    bundle: str
+    stage: str
+    checks: tuple[Check, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
 
 
 class Results(_Record):

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sdcompress.bundle import Bundle
-    from sdcompress.models.sources import ResolvedModel
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,13 +32,14 @@ output_option = click.option(
 
 
 def model_options(f: F) -> F:
-    """The options that say which model, and how it is taken in."""
+    """The options that say how a model is taken in; a command passes them on as `**how`."""
     for option in (
         click.option(
-            "--prediction-type",
-            type=click.Choice(["epsilon", "v_prediction"]),
-            help="Of a single-file checkpoint: epsilon (512-base) or v_prediction (768).",
+            "--config",
+            type=click.Choice(["sd2-base", "sd2-768", "sd-turbo"]),
+            help="What a single-file checkpoint is; its weights alone cannot tell.",
         ),
+        click.option("--variant", help="Which weight files of a repository, such as fp16."),
         click.option("--allow-pickle", is_flag=True, help="Accept pickled weights you trust."),
         click.option(
             "--lora", "loras", multiple=True, metavar="FILE:SCALE", help="Merge a LoRA first."
@@ -49,33 +49,17 @@ def model_options(f: F) -> F:
     return f
 
 
-def resolve_model(
-    model: str, *, loras: tuple[str, ...], allow_pickle: bool, prediction_type: str | None
-) -> ResolvedModel:
-    """A model source as a local diffusers directory; see `sdcompress.models.sources`."""
-    from sdcompress.models.sources import resolve
-
-    return resolve(model, loras=loras, allow_pickle=allow_pickle, prediction_type=prediction_type)
-
-
-def open_model(
-    model: str,
-    *,
-    loras: tuple[str, ...] = (),
-    allow_pickle: bool = False,
-    prediction_type: str | None = None,
-) -> Bundle:
+def open_model(model: str, **how: Any) -> Bundle:
     """A model source, or an existing bundle of weights, as a bundle."""
     from sdcompress.bundle import MANIFEST, Bundle
+    from sdcompress.models.sources import resolve
 
     path = Path(model)
-    if (path / MANIFEST).is_file() and not loras:
+    if (path / MANIFEST).is_file() and not how.get("loras"):
         bundle = Bundle.open(path, stages=("source", "pruned", "tuned"))
         bundle.check_files()
         return bundle
-    resolved = resolve_model(
-        model, loras=loras, allow_pickle=allow_pickle, prediction_type=prediction_type
-    )
+    resolved = resolve(model, **how)
     return Bundle.of_source(resolved.directory, resolved.source)
 
 

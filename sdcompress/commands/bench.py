@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -60,13 +61,14 @@ def command(
 
     if output.exists():
         raise UsageError(f"{output}: already exists; choose another --output or remove it")
-    engines = [Bundle.open(path, stages=("engine",)) for path in (dense, sparse)]
+    dense_engine, sparse_engine = (Bundle.open(p, stages=("engine",)) for p in (dense, sparse))
     asked = {"steps": steps, "guidance": guidance, "height": height, "width": width}
-    defaults = sampling_defaults(engines[0].manifest.source)
-    sampling = {k: defaults[k] if v is None else v for k, v in asked.items()}
+    defaults = sampling_defaults(dense_engine.manifest.source)
+    sampling: dict[str, Any] = {k: defaults[k] if v is None else v for k, v in asked.items()}
     with counted_progress("measuring") as progress:
         results = bench(
-            *engines,
+            dense_engine,
+            sparse_engine,
             rounds=rounds,
             budget=budget,
             command=command_line(sys.argv[1:]),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from pydantic import BaseModel
 
 from sdcompress.commands._common import (
     Stopwatch,
+    byte_progress,
     emit,
     json_option,
     model_options,
     open_model,
     output_option,
     size,
-    stage_status,
 )
 
 if TYPE_CHECKING:
@@ -50,10 +50,8 @@ def command(
     bundle: str,
     output: Path,
     dtype: Literal["fp16", "fp32"],
-    loras: tuple[str, ...],
-    allow_pickle: bool,
-    prediction_type: str | None,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Export BUNDLE, or any model source, to ONNX with free batch, height and width.
 
@@ -66,12 +64,9 @@ def command(
     from export.to_onnx import export_bundle
 
     watch = Stopwatch()
-    source = open_model(
-        bundle, loras=loras, allow_pickle=allow_pickle, prediction_type=prediction_type
-    )
-    with stage_status("exporting") as progress:
+    source = open_model(bundle, **how)
+    with byte_progress(source) as progress:
         made = export_bundle(source, output, dtype=dtype, progress=progress)
-    assert made.manifest.parent
     sizes: dict[str, int] = {}
     for name, record in made.manifest.files.items():
         component = name.partition("/")[0]
@@ -80,7 +75,7 @@ def command(
     result = Output(
         bundle=str(output),
         digest=made.digest,
-        parent=made.manifest.parent,
+        parent=source.digest,
         dtype=dtype,
         bytes=sizes,
         seconds=watch.seconds,

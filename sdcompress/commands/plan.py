@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import BaseModel
 
-from sdcompress.commands._common import emit, json_option, model_options, resolve_model
+from sdcompress.commands._common import emit, json_option, model_options
 from sdcompress.plan import Accounting, SparsityPlan
 
 if TYPE_CHECKING:
@@ -32,11 +32,9 @@ class Output(BaseModel):
 def command(
     recipe: str,
     model: str | None,
-    loras: tuple[str, ...],
-    allow_pickle: bool,
-    prediction_type: str | None,
     show_all: bool,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Show what RECIPE prunes, how far, and what it skips and why.
 
@@ -45,15 +43,13 @@ def command(
       sdcompress plan sd2-2to4 --model mini-sd2
     """
     from sdcompress.catalog import read_catalog
+    from sdcompress.models.sources import resolve
     from sdcompress.plan import account, make_plan
     from sdcompress.recipe import load_recipe, model_of
 
     loaded = load_recipe(recipe)
     name = model_of(loaded, model)
-    model_source = resolve_model(
-        name, loras=loras, allow_pickle=allow_pickle, prediction_type=prediction_type
-    )
-    made = make_plan(loaded, read_catalog(model_source.directory))
+    made = make_plan(loaded, read_catalog(resolve(name, **how).directory))
     output = Output(recipe=loaded.name, model=name, accounting=account(made), plan=made)
     emit(output, as_json, lambda console: _show(console, output, show_all))
 

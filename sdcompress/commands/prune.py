@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from pydantic import BaseModel
@@ -39,10 +40,8 @@ def command(
     model: str,
     recipe: str,
     output: Path,
-    loras: tuple[str, ...],
-    allow_pickle: bool,
-    prediction_type: str | None,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Prune MODEL: mini-sd2, a diffusers directory, HUB-ID@REVISION, a .safetensors checkpoint.
 
@@ -58,16 +57,14 @@ def command(
 
     watch = Stopwatch()
     loaded = load_recipe(recipe)
-    source = open_model(
-        model, loras=loras, allow_pickle=allow_pickle, prediction_type=prediction_type
-    )
+    source = open_model(model, **how)
     with byte_progress(source) as progress:
         bundle = prune(source, loaded, output, progress=progress)
-    assert bundle.manifest.plan and bundle.manifest.parent
+    assert bundle.manifest.plan
     result = Output(
         bundle=str(output),
         digest=bundle.digest,
-        parent=bundle.manifest.parent,
+        parent=source.digest,
         accounting=account(bundle.manifest.plan),
         seconds=watch.seconds,
     )

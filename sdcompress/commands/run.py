@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from pydantic import BaseModel
@@ -43,10 +44,8 @@ def command(
     output: Path,
     model: str | None,
     fresh: bool,
-    loras: tuple[str, ...],
-    allow_pickle: bool,
-    prediction_type: str | None,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Prune, export, verify, build, picture, measure and report, as RECIPE says.
 
@@ -62,12 +61,7 @@ def command(
 
     watch = Stopwatch()
     loaded = load_recipe(recipe)
-    source = open_model(
-        model_of(loaded, model),
-        loras=loras,
-        allow_pickle=allow_pickle,
-        prediction_type=prediction_type,
-    )
+    source = open_model(model_of(loaded, model), **how)
     stages: dict[bool, list[str]] = {False: [], True: []}
     people = console()
     with people.status("pruned") as status:

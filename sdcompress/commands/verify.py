@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from export.verify_report import VerifyReport
 from sdcompress.commands._common import emit, json_option, stage_status
+from sdcompress.results import VerifyReport
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,8 +37,8 @@ def command(bundle: Path, against: Path | None, no_parity: bool, as_json: bool) 
     from export.verify import verify_bundle
     from sdcompress.errors import VerificationError
 
-    with stage_status("verifying") as progress:
-        report = verify_bundle(bundle, against=against, parity=not no_parity, progress=progress)
+    with stage_status("verifying"):
+        report = verify_bundle(bundle, against=against, parity=not no_parity)
     emit(report, as_json, lambda console: _show(console, report))
     if not report.passed:
         failed = next(c for c in report.checks if not c.passed)

@@ -14,8 +14,8 @@ def sampling_defaults(source: SourceRecord) -> dict[str, Any]:
     """`steps`, `guidance`, `height` and `width` (pixels; None is the model's native size)."""
     small = source.kind == "mini-sd2"
     return {
-        "steps": mini_sd2.STEPS if small else STEPS,
-        "guidance": mini_sd2.GUIDANCE if small else GUIDANCE,
+        "steps": mini_sd2.DEFAULT_STEPS if small else STEPS,
+        "guidance": mini_sd2.DEFAULT_GUIDANCE if small else GUIDANCE,
         "height": None,
         "width": None,
     }

@@ -1,0 +1,52 @@
+# `make demo` and `make test` do everything on a machine that has python3 and make.
+#   PYTHON=python3.12   the interpreter the virtual environment is made with
+#   VENV=DIR            use or make the environment there (default .venv)
+#   RUNTIME=gpu         onnxruntime-gpu instead of onnxruntime (default cpu; never both)
+
+PYTHON ?= python3
+VENV ?= .venv
+RUNTIME ?= cpu
+OUT ?= out
+BIN := $(VENV)/bin
+
+EXTRAS_demo := $(RUNTIME)
+EXTRAS_test := $(RUNTIME),optimum,test
+EXTRAS_dev := $(RUNTIME),optimum,test,dev
+
+.PHONY: help demo test lint wheel-check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         prune, export, prove and measure the shipped model; a page in $(OUT)/"
+	@echo "make test         all tests (GPU and browser tests skip with a reason where there is none)"
+	@echo "make lint         ruff, mypy --strict, import-linter"
+	@echo "make wheel-check  build the wheel, install it clean, run it"
+	@echo "make clean        remove the environment and what the demo wrote"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/sdcompress run demo -o $(OUT)
+	@echo "The page: $(OUT)/report.html"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/unit tests/integration tests/gpu
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+wheel-check: $(VENV)/.installed-dev
+	$(BIN)/python .ci/wheel_check.py
+
+clean:
+	rm -rf $(VENV) $(OUT)
+
+# One recipe for the three sets; pip is asked again only when what it reads has changed.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS_$*)]'
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v[:2])'
+	@$(PYTHON) -m venv --clear $(VENV) || { echo "python3 -m venv does not work here; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

@@ -1,0 +1,195 @@
+"""Stage 2: the UNet and the text encoder, trained together on cached latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from clip import WIDTH, text_config, tokenize
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from fit import draw, fit, save_atomic, world
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+from vae import to_tensor
+
+from sdcompress.models.mini_sd2.oracle import matches, read_scene
+from sdcompress.models.mini_sd2.scenes import (
+    PHRASINGS,
+    Image,
+    Scene,
+    caption,
+    render,
+    sample_prompts,
+    sample_scenes,
+)
+
+SCENES = 40_000
+STEPS = 12_000
+HORIZON = 12_000
+COOLDOWN = 1200
+BATCH = 64
+LEARNING_RATE = 1e-3
+CAPTION_DROP = 0.1
+
+
+def build_unet() -> UNet2DConditionModel:
+    """SD2's blocks, narrow: 8 x 8 latents, cross-attention at every level, 2 and 4 heads."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """SD2's noise schedule, predicting v as SD 2.1 for 768 pixels does."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+class Denoiser(nn.Module):
+    """What this stage trains: token ids to the UNet's v."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.unet = build_unet()
+        self.text = CLIPTextModel(text_config(tokenizer))
+
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """noisy (n, 4, 8, 8), t (n,), ids (n, 32) -> v (n, 4, 8, 8)."""
+        v: Tensor = self.unet(noisy, t, self.text(ids).last_hidden_state).sample
+        return v
+
+
+def build_pipeline(
+    vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """The parts as the pipeline everybody loads."""
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=denoiser.text,
+        tokenizer=tokenizer,
+        unet=denoiser.unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(
+    pipe: StableDiffusionPipeline,
+    texts: list[str],
+    seed: int,
+    steps: int = 20,
+    guidance: float = 4.0,
+    batch: int = 50,
+) -> Image:
+    """One uint8 picture (64, 64, 3) a prompt; the same for the same seed, order and batch."""
+    parts = []
+    for start in range(0, len(texts), batch):
+        pictures = pipe(
+            texts[start : start + batch],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(seed * 1000 + start),
+            output_type="np",
+        ).images
+        parts.append(np.rint(pictures * 255).astype(np.uint8))
+    return np.concatenate(parts)
+
+
+def prompt_accuracy(
+    pipe: StableDiffusionPipeline,
+    prompts: list[tuple[Scene, str]],
+    seed: int,
+    steps: int = 20,
+    guidance: float = 4.0,
+) -> float:
+    """The share of generated pictures in which the oracle reads all that the prompt says."""
+    pictures = generate(pipe, [text for _, text in prompts], seed, steps, guidance)
+    right = [matches(s, read_scene(p)) for (s, _), p in zip(prompts, pictures, strict=True)]
+    return float(np.mean(right))
+
+
+@torch.no_grad()
+def cache_latents(vae: AutoencoderKL, work: Path, seed: int, first: int, last: int) -> Tensor:
+    """Latents of the training scenes first..last, encoded once; the mean of the posterior."""
+    path = work / f"latents-{first}-{last}.pt"
+    if path.exists():
+        latents = torch.load(path, weights_only=True)
+        assert isinstance(latents, Tensor)
+        return latents
+    scenes = sample_scenes(SCENES, None, "train", seed)[first:last]
+    parts = []
+    for start in range(0, len(scenes), 100):
+        images = to_tensor(render(scenes[start : start + 100], seed + first + start))
+        parts.append(vae.encode(images).latent_dist.mode())
+    latents = torch.cat(parts)
+    save_atomic(latents, path)
+    return latents
+
+
+def train_unet(
+    work: Path,
+    seed: int,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    latents: Tensor,
+    scenes: list[Scene],
+) -> tuple[Denoiser, dict[str, float]]:
+    """Train on `latents` (n, 4, 8, 8), scaled to unit variance, of `scenes`."""
+    torch.manual_seed(seed)
+    denoiser = Denoiser(tokenizer)
+    pipe = build_pipeline(vae, denoiser, tokenizer)
+    alphas = pipe.scheduler.alphas_cumprod
+
+    def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        n = BATCH // world()
+        rng = np.random.default_rng(draw(seed, step))
+        chosen = rng.integers(len(scenes), size=n)
+        texts = [caption(scenes[i], int(rng.integers(2 * len(PHRASINGS)))) for i in chosen]
+        texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
+        x = latents[torch.from_numpy(chosen)]
+        noise = torch.randn(x.shape, generator=generator)
+        # One timestep from each n-th of the range: less noise in the loss than independent draws.
+        u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+        t = (u * len(alphas)).long()
+        a = alphas[t].sqrt().view(-1, 1, 1, 1)
+        s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
+        v = denoiser(a * x + s * noise, t, tokenize(tokenizer, texts))
+        error = (v - (a * noise - s * x)).square().mean((1, 2, 3))
+        high = error.detach()[t >= 500].mean()
+        return {"loss": error.mean(), "high": high}
+
+    probes = [sample_prompts(50, n, s, 20_000) for s in ("train", "validation") for n in (1, 2)]
+
+    def hook(step: int) -> None:
+        found = [prompt_accuracy(pipe, p, 1, 10) for p in probes]
+        with (work / "unet.log").open("a") as stream:
+            shown = " ".join(f"{f:.2f}" for f in found)
+            stream.write(f"unet {step} accuracy train1 train2 val1 val2: {shown}\n")
+
+    report = fit(
+        "unet", denoiser, loss_fn, steps=STEPS, lr=LEARNING_RATE, work=work, seed=seed,
+        horizon=HORIZON, cooldown=COOLDOWN, ema_decay=0.999, hook=hook, hook_every=1000,
+    )  # fmt: skip
+    return denoiser, report

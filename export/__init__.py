@@ -1,0 +1,1 @@
+"""The only place that touches ONNX or an engine: export, proof, backends."""

@@ -1,0 +1,126 @@
+"""What runs an exported model. One file a backend; the file name is its name in recipes.
+
+A file defines `BACKEND`, an object with the methods of `Backend`. Nothing heavy is imported
+before it is needed, so that every backend can be listed on every machine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sdcompress import registry
+from sdcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sdcompress.bundle import Bundle
+
+    Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a component: its dtype and its shape, None where it is free."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+
+class Runner(ABC):
+    """One component of an engine, loaded while the `with` block lasts.
+
+    `inputs` and `outputs` say what it takes and gives, and are known once it is loaded.
+    """
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+    def __enter__(self) -> Runner:
+        self.load()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the engine and get ready to run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back everything `load` took."""
+
+    @abstractmethod
+    def infer(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once. Feeds are cast to the dtypes of `inputs`; all outputs come back, by name."""
+
+    def device_memory(self) -> dict[str, int] | None:
+        """Bytes on the accelerator: `weights` and `context`, where known; None without one."""
+        return None
+
+
+class Backend(Protocol):
+    """What a file of this folder offers as `BACKEND`."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """None if it runs here; else one sentence that says why not and how to change that."""
+
+    def build(
+        self,
+        source: Bundle,
+        out: Path,
+        *,
+        target: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> Bundle:
+        """Make an engine bundle at `out` from an ONNX bundle.
+
+        The manifest's details then hold `backend`, `providers`, `options`, `components`, `dtype`
+        and `sparse_kernels` (see `sdcompress.results.SparseKernels`).
+
+        Raises:
+            UsageError: an option or a target this backend does not know or cannot serve here.
+        """
+
+    def open(self, engine: Path, component: str) -> Runner:
+        """A runner for one component of an engine bundle this backend has built."""
+
+
+def names() -> list[str]:
+    """The backends there are, whether or not they run here."""
+    return registry.names("backends", "export")
+
+
+def load_backend(name: str) -> Backend:
+    """Import one backend by name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in names():
+        raise UsageError(f"no backend is called {name!r}; there are: {', '.join(names())}")
+    backend: Backend = registry.load("backends", name, "export").BACKEND
+    return backend
+
+
+def open_component(engine: Path, component: str) -> Runner:
+    """A runner for one component of any engine bundle, by the backend that built it."""
+    from sdcompress.bundle import Bundle
+
+    name = Bundle.open(engine, stages=("engine",)).manifest.details["backend"]
+    return load_backend(str(name)).open(engine, component)

@@ -1,0 +1,312 @@
+"""Dense against sparse: latency, memory, size and load time of two engines, and a control.
+
+Each round starts three fresh processes in random order: the dense engine, the sparse engine and
+the dense engine again. See `sdcompress.measure` for how the figures are compared.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from export.pipeline import Geometry, tokenize
+from export.specs import COMPONENTS
+from sdcompress.bundle import Bundle
+from sdcompress.errors import InputError, UsageError
+from sdcompress.measure import (
+    compare,
+    family_confidence,
+    median_of,
+    percentile,
+    run_rounds,
+    run_worker,
+)
+from sdcompress.plan import account
+from sdcompress.results import (
+    Control,
+    DeviceMemory,
+    Engine,
+    Environment,
+    Measure,
+    Results,
+    Series,
+    Setup,
+    SparseKernels,
+)
+
+WORKER = "export.bench_worker"
+# In the order of the page: what a user waits for, then its parts.
+TIMED = ("picture", "text_encoder", "unet_step", "vae_decoder", "load")
+PEAK = "peak_memory"
+# Share of the time budget of one process; the rest of it goes into starting and loading.
+SHARES = {"picture": 0.4, "text_encoder": 0.15, "unet_step": 0.3, "vae_decoder": 0.15}
+PROMPT = "a large red circle left of a small blue square on a white background"
+MEMORY = "peak anonymous memory of the process tree (smaps_rollup), mapped files not counted"
+
+
+def bench(
+    dense: Bundle,
+    sparse: Bundle,
+    *,
+    rounds: int = 10,
+    steps: int = 20,
+    guidance: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    prompt: str = PROMPT,
+    seed: int = 0,
+    budget: float = 1.2,
+    timeout: float | None = None,
+    command: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Results:
+    """Measure two engine bundles against each other.
+
+    `budget` is about how many seconds one process spends on timed work; slow engines take longer,
+    as everything is timed at least once. `progress(done, total)` counts processes.
+
+    Raises:
+        UsageError: fewer than 2 rounds, a size that does not fit, or engines that cannot be
+            compared because backend, options or precision differ.
+        SdcompressError: a measuring process failed, was killed, or gave NaN.
+    """
+    if rounds < 2:
+        raise UsageError(f"{rounds} rounds give no interval; give at least 2, better 10 or more")
+    _check_comparable(dense, sparse)
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    jobs = {
+        name: {**_job(engine, steps, guidance, height, width, prompt, seed), "name": name}
+        for name, engine in (("dense", dense), ("sparse", sparse), ("control", dense))
+    }
+    iterations = _iterations(jobs, budget, timeout)
+    for job in jobs.values():
+        job["iterations"] = iterations
+    answers = run_rounds(WORKER, jobs, rounds=rounds, seed=seed, timeout=timeout, progress=progress)
+    measures = _measures(answers)
+    latents = jobs["dense"]["latent_shape"]
+    scale = Geometry.read(dense.path).scale
+    manifest = sparse.manifest
+    return Results(
+        model=manifest.source.id,
+        recipe=(manifest.recipe or {}).get("name"),
+        measures=measures,
+        control=_control(measures),
+        engines={
+            "dense": _engine(dense, answers["dense"]),
+            "sparse": _engine(sparse, answers["sparse"]),
+        },
+        setup=Setup(
+            rounds=rounds,
+            iterations=iterations,
+            steps=steps,
+            guidance=guidance,
+            height=latents[1] * scale,
+            width=latents[2] * scale,
+            seed=seed,
+            prompt=prompt,
+            memory=MEMORY,
+            command=command,
+        ),
+        environment=environment(load_before),
+        sparsity=account(manifest.plan) if manifest.plan else None,
+    )
+
+
+def ddim_steps(scheduler_folder: Path, steps: int) -> list[dict[str, float]]:
+    """Timestep, a and b of `steps` DDIM updates x ← a·x + b·prediction, noisiest first.
+
+    The update is linear in both arguments, so diffusers itself gives a and b: its step on (x=1,
+    prediction=0) and on (x=0, prediction=1). Betas, spacing and epsilon or v-prediction come from
+    the model's own scheduler config; only the update rule is always DDIM's, as it needs no torch.
+    """
+    import torch
+    from diffusers import DDIMScheduler
+
+    from sdcompress.evaluation.images import load_scheduler
+
+    config = {**load_scheduler(scheduler_folder).config, "clip_sample": False}
+    scheduler = DDIMScheduler.from_config({**config, "thresholding": False})
+    scheduler.set_timesteps(steps)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    return [
+        {
+            "timestep": float(t),
+            "a": float(scheduler.step(zero, t, one).prev_sample),
+            "b": float(scheduler.step(one, t, zero).prev_sample),
+        }
+        for t in scheduler.timesteps
+    ]
+
+
+def environment(load_before: float | None = None) -> Environment:
+    """What this machine is; `load_before` is the 1-minute load average before measuring."""
+    return Environment(
+        machine=platform.machine(),
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        governor=_text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        load_before=load_before,
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        versions=_versions(),
+        accelerator=_accelerator(),
+    )
+
+
+def _job(
+    engine: Bundle,
+    steps: int,
+    guidance: float,
+    height: int | None,
+    width: int | None,
+    prompt: str,
+    seed: int,
+) -> dict[str, Any]:
+    geometry = Geometry.read(engine.path)
+    prompts = ["", prompt] if guidance > 1 else [prompt]
+    return {
+        "engine": str(engine.path.resolve()),
+        "backend": engine.manifest.details["backend"],
+        "steps": ddim_steps(engine.path / "scheduler", steps),
+        "guidance": guidance,
+        "token_ids": tokenize(engine.path, prompts).tolist(),
+        "latent_shape": geometry.latent_shape(height, width),
+        "scaling_factor": geometry.scaling_factor,
+        "seed": seed,
+        "warm_up": 2,
+        "iterations": dict.fromkeys(SHARES, 1),
+    }
+
+
+def _iterations(
+    jobs: Mapping[str, dict[str, Any]], budget: float, timeout: float | None
+) -> dict[str, int]:
+    """How often each stage runs in a process, the same for all; from a trial that is not counted.
+
+    The trial runs both engines, so that the files of both are in the page cache from then on.
+    """
+    trials = [run_worker(WORKER, jobs[name], timeout=timeout) for name in ("sparse", "dense")]
+    slowest = {stage: max(t[stage][0] for t in trials) for stage in SHARES}
+    return {
+        stage: max(1, min(50, round(budget * 1000 * share / slowest[stage])))
+        for stage, share in SHARES.items()
+    }
+
+
+def _measures(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Measure]:
+    keys: dict[str, tuple[str, Any]] = {name: (name, "ms") for name in TIMED}
+    if all(a["peak_anonymous_bytes"] > 0 for one in answers.values() for a in one):
+        keys[PEAK] = ("peak_anonymous_bytes", "bytes")
+    family = family_confidence(len(keys))
+    measures = {}
+    for name, (key, unit) in keys.items():
+        series = {contestant: _series(one, key) for contestant, one in answers.items()}
+        dense, sparse, control = (series[c].rounds for c in ("dense", "sparse", "control"))
+        against_itself = compare(dense, control, confidence=family)
+        measures[name] = Measure(
+            unit=unit,
+            **series,
+            sparse_to_dense=compare(dense, sparse, control=against_itself),
+            control_to_dense=against_itself,
+        )
+    return measures
+
+
+def _series(answers: Sequence[Mapping[str, Any]], key: str) -> Series:
+    pooled: list[float] = []
+    for answer in answers:
+        value = answer[key]
+        pooled += value if isinstance(value, list) else [float(value)]
+    return Series(
+        p50=percentile(pooled, 50),
+        p95=percentile(pooled, 95),
+        p99=percentile(pooled, 99),
+        iterations=len(pooled),
+        rounds=tuple(median_of(answers, key)),
+    )
+
+
+def _control(measures: Mapping[str, Measure]) -> Control:
+    differs = tuple(
+        name for name, m in measures.items() if m.control_to_dense.verdict != "no difference"
+    )
+    return Control(
+        trustworthy=not differs, differs=differs, confidence=family_confidence(len(measures))
+    )
+
+
+def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
+    for bundle in (dense, sparse):
+        if bundle.manifest.stage != "engine":
+            raise InputError(
+                f"{bundle.path}: expected an engine, found a bundle of stage "
+                f"{bundle.manifest.stage}; run `sdcompress build` on it"
+            )
+        if missing := [c for c in COMPONENTS if not (bundle.path / c).is_dir()]:
+            raise InputError(f"{bundle.path}: has no {missing[0]}; export the model again")
+    for fact in ("backend", "providers", "options", "dtype"):
+        a, b = (x.manifest.details.get(fact) for x in (dense, sparse))
+        if a != b:
+            raise UsageError(
+                f"the engines differ in {fact} ({a} and {b}), so nothing could be put down to "
+                "sparsity; build both with the same settings"
+            )
+
+
+def _engine(engine: Bundle, answers: Sequence[Mapping[str, Any]]) -> Engine:
+    details = engine.manifest.details
+    memory = answers[0].get("device_memory")
+    return Engine(
+        digest=engine.digest,
+        backend=details["backend"],
+        providers=details["providers"],
+        options=details["options"],
+        dtype=str(details.get("dtype", "unknown")),
+        bytes=sum(
+            record.size
+            for name, record in engine.manifest.files.items()
+            if name.split("/")[0] in COMPONENTS
+        ),
+        sparse_kernels=SparseKernels.model_validate(details["sparse_kernels"]),
+        device_memory=DeviceMemory.model_validate(memory) if memory else None,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("sdcompress", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "diffusers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    for line in (_text(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _accelerator() -> str | None:
+    import shutil
+    import subprocess
+
+    if not (tool := shutil.which("nvidia-smi")):
+        return None
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    return answer.stdout.strip() or None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

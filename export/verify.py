@@ -1,0 +1,297 @@
+"""Proof that a bundle is what its manifest says, read back from the files themselves.
+
+Weights are read in the state dict's layout wherever they lie (safetensors, or ONNX initializers
+through the weight map), one at a time, and compared with the plan, with the records made from the
+torch side, and on request with the parent bundle. A failed check names the tensors.
+
+What cannot be read (truncated, missing, pointing outside its directory) is an InputError; what can
+be read and is wrong is a failed check.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+
+from export.graph import Graph, external, open_graphs, record_dtype
+from export.parity import check_parity
+from export.specs import canonical_key, unused_key
+from export.to_onnx import MODEL, RECORD_DTYPES, wrong_product_dtypes
+from sdcompress.bundle import Bundle
+from sdcompress.catalog import read_catalog
+from sdcompress.errors import VerificationError
+from sdcompress.patterns import parse_pattern, violations
+from sdcompress.plan import LayerPlan
+from sdcompress.prune import record_tensor
+from sdcompress.results import Check, VerifyReport
+from sdcompress.safetensors_io import read_tensor
+
+NAMED = 20  # tensors named in a failed check
+
+
+def verify_bundle(path: Path, *, against: Path | None = None, parity: bool = True) -> VerifyReport:
+    """Check a bundle of weights or ONNX graphs against its manifest.
+
+    `against` is its parent: lineage and values are compared too. `parity` runs every exported
+    component in onnxruntime and in torch (fp32), which takes longest.
+
+    Raises:
+        InputError: a file is missing, truncated, corrupt or points outside its directory.
+    """
+    bundle = Bundle.open(path)
+    graphs = open_graphs(bundle)
+    checks = [_files(bundle)]
+    if graphs:
+        checks += [_structure(graphs, bundle), _product_dtypes(graphs)]
+    if graphs or bundle.manifest.stage != "engine":  # other engines hold no weights one can read
+        checks += _tensors(bundle, graphs)
+    if against is not None:
+        checks += _against(bundle, graphs, Bundle.open(against))
+    if parity:
+        checks += [check for graph in graphs for check in check_parity(graph)]
+    return VerifyReport(bundle=bundle.digest, stage=bundle.manifest.stage, checks=tuple(checks))
+
+
+def _result(name: str, wrong: list[str], good: str) -> Check:
+    """A check that passed, with `good` as its detail, or one that found something wrong."""
+    if not wrong:
+        return Check(name=name, passed=True, detail=good)
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return Check(name=name, passed=False, detail=wrong[0] + more, tensors=tuple(wrong[:NAMED]))
+
+
+def _files(bundle: Bundle) -> Check:
+    try:
+        bundle.check_files()
+    except VerificationError as e:
+        return Check(name="files", passed=False, detail=str(e))
+    count = len(bundle.manifest.files)
+    return Check(name="files", passed=True, detail=f"{count} files have the digest recorded")
+
+
+# Reading weights back.
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One tensor as stored. `name` is its key in the manifest; `read` gives it in the state dict's
+    layout."""
+
+    model: str
+    name: str
+    dtype: str
+    read: Callable[[], Tensor]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.model, self.name
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}/{self.name}"
+
+
+def _weights(bundle: Bundle, graphs: list[Graph]) -> Iterator[_Weight]:
+    if not graphs:
+        for model, headers in read_catalog(bundle.path).headers.items():
+            for header in headers:
+                for info in header.tensors.values():
+                    yield _Weight(model, info.name, info.dtype, partial(read_tensor, info))
+    for graph in graphs:
+        recorded = bundle.manifest.tensors.get(graph.model, {})
+        names = {canonical_key(graph.component, name): name for name in recorded}
+        for tensor, entry in graph.weights():
+            name = names.get(entry.key, entry.key)
+            yield _Weight(graph.model, name, record_dtype(tensor), partial(graph.read, tensor))
+
+
+# Checks of the weights.
+
+
+@dataclass
+class _Findings:
+    """What one walk over all weights found: for each check the tensors that fail it."""
+
+    wrong: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    count: Counter[str] = field(default_factory=Counter)
+
+
+def _tensors(bundle: Bundle, graphs: list[Graph]) -> list[Check]:
+    manifest, found = bundle.manifest, _Findings()
+    wrong, count = found.wrong, found.count
+    plans = _planned(bundle, graphs)
+    unseen = {(m, n) for m, records in manifest.tensors.items() for n in records} | set(plans)
+    known = frozenset(unseen)
+    for weight in _weights(bundle, graphs):
+        unseen.discard(weight.key)
+        if known and weight.key not in known:
+            wrong["tensors"].append(f"{weight.label} (not in the manifest)")
+        _look_at(weight, bundle, plans.get(weight.key), found)
+    wrong["tensors"] += [f"{model}/{name} (missing)" for model, name in sorted(unseen)]
+    checks = [
+        _result("finite", wrong["finite"], f"{count['tensors']} tensors hold no NaN or infinity")
+    ]
+    if manifest.tensors:
+        checks += [
+            _result("tensors", wrong["tensors"], "all have the type and shape recorded"),
+            _result("values", wrong["values"], "all have the digest recorded from the torch side"),
+        ]
+    if plans:
+        good = f"{count['zeros']:,} zeros in {len(plans)} tensors, in number and place as planned"
+        grouped = f"{count['N:M']} tensors hold their N:M pattern along the reduction axis"
+        checks += [
+            _result("zeros", wrong["zeros"], good),
+            _result("pattern", wrong["pattern"], grouped),
+        ]
+    return checks
+
+
+def _planned(bundle: Bundle, graphs: list[Graph]) -> dict[tuple[str, str], LayerPlan]:
+    """The plan of each pruned tensor that this bundle must hold."""
+    if bundle.manifest.plan is None:
+        return {}
+    component_of = {graph.model: graph.component for graph in graphs}
+    return {
+        (p.component, p.name): p
+        for p in bundle.manifest.plan.layers
+        if p.pruned and (not graphs or _exported(component_of.get(p.component), p.name))
+    }
+
+
+def _exported(component: str | None, name: str) -> bool:
+    return component is not None and not unused_key(component, canonical_key(component, name))
+
+
+def _look_at(weight: _Weight, bundle: Bundle, layer: LayerPlan | None, found: _Findings) -> None:
+    manifest, wrong = bundle.manifest, found.wrong
+    found.count["tensors"] += 1
+    value = weight.read()
+    if not bool(value.isfinite().all()):
+        wrong["finite"].append(weight.label)
+    actual = record_tensor(value, weight.dtype, pruned=layer is not None)
+    if record := manifest.tensors.get(weight.model, {}).get(weight.name):
+        if (actual.dtype, actual.shape) != (record.dtype, record.shape):
+            wrong["tensors"].append(
+                f"{weight.label} ({actual.dtype} {list(actual.shape)}, "
+                f"recorded {record.dtype} {list(record.shape)})"
+            )
+        if actual.sha256 != record.sha256:
+            wrong["values"].append(weight.label)
+    if layer is None:
+        return
+    # What the cast made zero is on top of what was planned; export counted and recorded it.
+    underflow = manifest.details.get("underflow", {}).get(weight.model, {}).get(weight.name, 0)
+    zeros = actual.zeros or 0
+    found.count["zeros"] += zeros
+    if layer.zeros is None or zeros != layer.zeros + underflow:
+        planned = "an unresolved number" if layer.zeros is None else f"{layer.zeros + underflow:,}"
+        wrong["zeros"].append(f"{weight.label} ({zeros:,} zeros, planned {planned})")
+    elif record and actual.zero_mask_sha256 != record.zero_mask_sha256:
+        wrong["zeros"].append(f"{weight.label} (zeros in other places)")
+    pattern = parse_pattern(layer.pattern or "unstructured")
+    if pattern.m is not None:
+        found.count["N:M"] += 1
+        if broken := violations(value, pattern):
+            wrong["pattern"].append(f"{weight.label} ({broken:,} groups break {pattern})")
+
+
+def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]:
+    """Compare with the parent: what was not pruned away is bit for bit what the parent has."""
+    lineage = Check(
+        name="lineage",
+        passed=bundle.manifest.parent == parent.digest,
+        detail="the manifest names this parent"
+        if bundle.manifest.parent == parent.digest
+        else f"made from {bundle.manifest.parent}, not from {parent.digest}",
+    )
+    parents = {weight.key: weight for weight in _weights(parent, open_graphs(parent))}
+    wrong = []
+    for weight in _weights(bundle, graphs):
+        if weight.key not in parents:
+            wrong.append(f"{weight.label} (not in the parent)")
+        elif not _descends(bundle, weight.read(), parents[weight.key].read()):
+            wrong.append(weight.label)
+    good = {
+        "pruned": "every weight kept has the parent's bits",
+        "tuned": "every zero of the parent is still zero",
+    }.get(bundle.manifest.stage, "every weight has the parent's bits after the cast")
+    return [lineage, _result("against", wrong, good)]
+
+
+def _descends(bundle: Bundle, value: Tensor, before: Tensor) -> bool:
+    before = before.to(value.dtype)
+    if value.shape != before.shape:
+        return False
+    if bundle.manifest.stage == "pruned":
+        before = torch.where(value == 0, value, before)
+    elif bundle.manifest.stage == "tuned":
+        return bool((value[before == 0] == 0).all())
+    return torch.equal(_bits(value), _bits(before))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes: unlike numbers, they tell -0.0 from +0.0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+# Checks of the graphs.
+
+
+def _structure(graphs: list[Graph], bundle: Bundle) -> Check:
+    """The graphs are valid ONNX of the opset asked, and their weights lie where the map says."""
+    wrong = [f"{g.component}: {fault}" for g in graphs for fault in _faults(g, bundle)]
+    return _result(
+        "graph",
+        wrong,
+        f"{len(graphs)} graphs are valid ONNX, weights outside in one file each, as mapped",
+    )
+
+
+def _faults(graph: Graph, bundle: Bundle) -> Iterator[str]:
+    try:
+        onnx.checker.check_model(str(graph.directory / MODEL))
+    except (onnx.checker.ValidationError, ValueError) as e:
+        yield f"not valid ONNX ({str(e).splitlines()[0]})"
+    opset = {o.domain: o.version for o in graph.proto.opset_import}
+    details = bundle.manifest.details
+    if opset != {"": details.get("opset", graph.weight_map.opset)}:
+        yield f"opset {opset}"
+    if details.get("dtype", graph.weight_map.dtype) != graph.weight_map.dtype:
+        yield f"weights of {graph.weight_map.dtype}, asked for {details['dtype']}"
+    if len(graph.data) != 1:
+        yield f"{len(graph.data)} external data files"
+    tensors = {t.name: t for t in graph.proto.graph.initializer}
+    for name, entry in graph.weight_map.initializers.items():
+        tensor = tensors.pop(name, None)
+        if tensor is None:
+            yield f"{name} is missing"
+        elif tuple(tensor.dims) != entry.shape or entry.offset != _offset(tensor):
+            yield f"{name} is not where the map says"
+        elif record_dtype(tensor) != RECORD_DTYPES[graph.weight_map.dtype]:
+            yield f"{name} is not {graph.weight_map.dtype}"
+    for name in (t.name for t in tensors.values() if _offset(t) is not None):
+        yield f"{name} is not in the map"
+
+
+def _offset(tensor: onnx.TensorProto) -> int | None:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    return int(external(tensor).get("offset", 0))
+
+
+def _product_dtypes(graphs: list[Graph]) -> Check:
+    wrong = [
+        f"{graph.component}: {name}"
+        for graph in graphs
+        for name in wrong_product_dtypes(graph.proto, graph.weight_map.dtype)
+    ]
+    dtypes = " and ".join(sorted({graph.weight_map.dtype for graph in graphs}))
+    good = f"every input of a matrix product or convolution is {dtypes}"
+    return _result("dtypes", wrong, good)

@@ -1,0 +1,1 @@
+"""What a model is worth: pictures, and later one file a metric."""

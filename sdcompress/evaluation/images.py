@@ -1,0 +1,156 @@
+"""Pictures from weights, and what every way of making pictures here shares.
+
+The same prompt, seed and settings start from the same latents whether the model runs in torch or
+as an engine, so that two pictures differ by the models only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompress.errors import SdcompressError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+    from torch import Generator, Tensor
+
+PROMPTS = "prompts.json"
+
+
+def generate_from_weights(
+    model: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 20,
+    guidance: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Image]:
+    """One picture for each prompt and its seed, by diffusers, in fp32 on the CPU.
+
+    `model` is a directory in diffusers' layout, so any source, pruned or tuned bundle. Takes and
+    means the same as `export.pipeline.generate`.
+    """
+    import numpy as np
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    check_request(prompts, seeds, steps)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model,
+        torch_dtype=torch.float32,
+        safety_checker=None,
+        requires_safety_checker=False,
+        local_files_only=True,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    height, width = height or size, width or size
+    shape = (
+        pipeline.unet.config.in_channels,
+        height // pipeline.vae_scale_factor,
+        width // pipeline.vae_scale_factor,
+    )
+    pictures = []
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        output = pipeline(
+            prompt,
+            negative_prompt=negative_prompt,
+            latents=initial_latents(generator, shape),
+            generator=generator,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+            output_type="pt",
+        ).images[0]
+        if not torch.isfinite(output).all():
+            raise SdcompressError(f"{model}: the picture of {prompt!r} is NaN; prune less")
+        pictures.append(to_picture(np.asarray(output) * 2 - 1))
+        if progress:
+            progress(i + 1, len(prompts))
+    return pictures
+
+
+def initial_latents(generator: Generator, shape: Sequence[int]) -> Tensor:
+    """Standard normal latents [1, *shape] in fp32, drawn on the CPU as diffusers draws them."""
+    import torch
+
+    return torch.randn((1, *shape), generator=generator, dtype=torch.float32)
+
+
+def load_scheduler(folder: Path) -> Any:
+    """The scheduler of a pipeline directory, whichever class its config names."""
+    import diffusers
+
+    config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def step_arguments(scheduler: Any, generator: Generator) -> dict[str, Any]:
+    """What this scheduler's `step` takes besides the three arguments all have in common."""
+    accepted = inspect.signature(scheduler.step).parameters
+    possible = {"eta": 0.0, "generator": generator}
+    return {name: value for name, value in possible.items() if name in accepted}
+
+
+def to_picture(values: NDArray[Any]) -> Image:
+    """A picture from [3, H, W] in -1..1; warns when all of it is black."""
+    import numpy as np
+    from PIL import Image
+
+    levels = np.round((np.asarray(values, np.float32) / 2 + 0.5).clip(0, 1) * 255)
+    if not levels.any():
+        warnings.warn(
+            "the picture is black all over, which mostly means an overflow in fp16; try fp32",
+            stacklevel=2,
+        )
+    return Image.fromarray(levels.astype(np.uint8).transpose(1, 2, 0))
+
+
+def psnr(reference: Image, other: Image) -> float | None:
+    """Peak signal-to-noise ratio of two pictures of 8 bits in dB; None where they are identical."""
+    import numpy as np
+
+    a, b = (np.asarray(image.convert("RGB"), np.float64) for image in (reference, other))
+    if a.shape != b.shape:
+        raise ValueError(f"pictures of {a.shape} and {b.shape} cannot be compared")
+    error = float(np.mean((a - b) ** 2))
+    return 10 * float(np.log10(255**2 / error)) if error else None
+
+
+def save(
+    pictures: Sequence[Image],
+    directory: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    **settings: Any,
+) -> None:
+    """Write 00.png, 01.png, … and `prompts.json`, which says what each of them shows."""
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for i, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+        file = f"{i:02d}.png"
+        picture.save(directory / file)
+        entries.append({"file": file, "prompt": prompt, "seed": seed})
+    text = json.dumps({"pictures": entries, "settings": settings}, indent=1, sort_keys=True)
+    (directory / PROMPTS).write_text(text + "\n", encoding="utf-8")
+
+
+def check_request(prompts: Sequence[str], seeds: Sequence[int], steps: int) -> None:
+    if len(prompts) != len(seeds) or not prompts:
+        raise UsageError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt"
+        )
+    if steps < 1:
+        raise UsageError(f"{steps} steps make no picture; give at least 1")

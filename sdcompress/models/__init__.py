@@ -1,0 +1,1 @@
+"""Where models come from, and the ones that ship."""

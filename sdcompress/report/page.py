@@ -1,0 +1,321 @@
+"""One self-contained page: no script, no request, every picture inside it.
+
+The page is made from what lies in the run's directory, and from nothing else. A part that is
+missing is named on the page, with the command that makes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdcompress import __version__
+from sdcompress.bundle import MANIFEST, Bundle
+from sdcompress.errors import InputError
+from sdcompress.measure import Comparison
+from sdcompress.plan import Accounting, LayerPlan, SparsityPlan, account
+from sdcompress.report import charts
+from sdcompress.results import Check, Measure, Results
+
+PAGE = "report.html"
+RESULTS, VERIFICATION, RECIPE = "results.json", "verify.json", "recipe.yaml"
+# The later a stage, the more its manifest knows.
+BUNDLES = ("engine/sparse", "onnx/sparse", "tuned", "pruned")
+NAMES = {
+    "picture": "Whole picture",
+    "text_encoder": "Text encoder",
+    "unet_step": "One UNet step",
+    "vae_decoder": "VAE decoder",
+    "load": "Load the engine",
+    "peak_memory": "Peak memory",
+    "unet": "UNet",
+    "vae": "VAE",
+}
+SAME = "no difference"
+# The bootstrap of a median is too sure of itself with fewer.
+ENOUGH_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures of the same prompt and seed, as data URIs; `psnr` None: identical."""
+
+    prompt: str
+    seed: int
+    dense: str
+    sparse: str
+    size: tuple[int, int]
+    psnr: float | None
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run's directory and return its path.
+
+    Raises:
+        InputError: the directory holds nothing to report on, or a file in it is unreadable.
+    """
+    results = Results.read(run / RESULTS) if (run / RESULTS).exists() else None
+    bundle = _bundle(run)
+    if results is None and bundle is None:
+        raise InputError(
+            f"{run}: expected a run's directory, found neither {RESULTS} nor a pruned bundle; "
+            "`sdcompress run RECIPE -o DIR` makes one"
+        )
+    page = run / PAGE
+    partial = page.with_suffix(".partial")
+    partial.write_text(render(run, results, bundle), encoding="utf-8")
+    partial.replace(page)
+    return page
+
+
+def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
+    """The page as text."""
+    import jinja2
+
+    plan = bundle.manifest.plan if bundle else None
+    sparsity = (results and results.sparsity) or (account(plan) if plan else None)
+    pairs, settings = read_pairs(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=percent, size=size, number=number, ratio=ratio, interval=interval, label=label
+    )
+    environment.globals.update(verdict=verdict, amount=amount)
+    source = bundle.manifest.source if bundle else None
+    recipe = (bundle.manifest.recipe if bundle else None) or {}
+    return environment.get_template("page.html.jinja").render(
+        version=__version__,
+        model=(results and results.model) or (source and source.id) or "a model",
+        recipe=(results and results.recipe) or recipe.get("name"),
+        recipe_text=_text(run / RECIPE),
+        headline=headline(results, sparsity, pairs, plan),
+        results=results,
+        forest=charts.forest(results.measures, NAMES) if results else "",
+        sparsity=sparsity,
+        plan=plan,
+        layers=_by_component(plan, sparsity),
+        pairs=pairs,
+        settings=settings,
+        checks=read_checks(run) or (results.checks if results else None),
+        bundle=bundle,
+        same=SAME,
+        enough_rounds=ENOUGH_ROUNDS,
+    )
+
+
+def headline(
+    results: Results | None,
+    sparsity: Accounting | None,
+    pairs: Sequence[Pair],
+    plan: SparsityPlan | None,
+) -> list[str]:
+    """What was asked, what it brings and what it costs, claiming no more than was shown."""
+    said = []
+    if sparsity:
+        both = sparsity.together
+        pruned = [label(name) for name, c in sparsity.components.items() if c.parameters_pruned]
+        said.append(
+            f"Asked for {percent(both.asked)} zeros in {_list(pruned or ['nothing'])}; "
+            f"{percent(both.of_component)} of them really are zero, "
+            f"{percent(sparsity.pipeline.of_component)} of the whole pipeline."
+        )
+    if results is None:
+        said.append("Nothing has been measured yet.")
+    elif not results.control.trustworthy:
+        said.append(
+            "The measurement cannot be trusted: the dense engine differed from itself in "
+            f"{_list([label(n).lower() for n in results.control.differs])}."
+        )
+    else:
+        if results.setup.rounds < ENOUGH_ROUNDS:
+            said.append(f"Measured in {results.setup.rounds} rounds only, too few to rely on.")
+        said.append(_gain(results.measures["picture"], "time for a picture", "less", "more"))
+        if memory := results.measures.get("peak_memory"):
+            said.append(_gain(memory, "peak memory", "less", "more"))
+        unstructured = plan and any(p.pattern == "unstructured" for p in plan.layers)
+        kernels = results.engines["sparse"].sparse_kernels
+        if kernels.used == 0 and results.measures["picture"].sparse_to_dense.verdict == SAME:
+            said.append(
+                "That is what theory says: "
+                + ("unstructured zeros speed nothing up, " if unstructured else "")
+                + "no kernel of this engine skips zeros."
+            )
+    if pairs:
+        said.append(_quality(pairs))
+    return said
+
+
+def _gain(measure: Measure, what: str, less: str, more: str) -> str:
+    c = measure.sparse_to_dense
+    if c.verdict == SAME:
+        return f"No difference in {what} ({ratio(c.ratio)}, {interval(c)})."
+    word = less if c.verdict == "lower" else more
+    return f"{percent(abs(1 - c.ratio))} {word} {what} ({ratio(c.ratio)}, {interval(c)})."
+
+
+def _quality(pairs: Sequence[Pair]) -> str:
+    different = [p.psnr for p in pairs if p.psnr is not None]
+    if not different:
+        return f"All {len(pairs)} pictures are identical to the dense ones."
+    return (
+        f"The pictures differ from the dense ones by a median PSNR of "
+        f"{statistics.median(different):.1f} dB ({len(different)} of {len(pairs)} differ); "
+        "look at them below."
+    )
+
+
+def read_pairs(run: Path) -> tuple[list[Pair], dict[str, Any]]:
+    """The pictures both engines made of the same prompt and seed, and the settings they share."""
+    from PIL import Image
+
+    from sdcompress.evaluation.images import PROMPTS, psnr
+
+    folders = [run / "images" / name for name in ("dense", "sparse")]
+    if not all((folder / PROMPTS).exists() for folder in folders):
+        return [], {}
+    listed = [_json(folder / PROMPTS) for folder in folders]
+    dense, sparse = (
+        {(p["prompt"], p["seed"]): folder / Path(p["file"]).name for p in listing["pictures"]}
+        for folder, listing in zip(folders, listed, strict=True)
+    )
+    pairs = []
+    for key in dense.keys() & sparse.keys():
+        try:
+            with Image.open(dense[key]) as a, Image.open(sparse[key]) as b:
+                pairs.append(
+                    Pair(
+                        prompt=key[0],
+                        seed=key[1],
+                        dense=_data_uri(dense[key]),
+                        sparse=_data_uri(sparse[key]),
+                        size=a.size,
+                        psnr=psnr(a, b),
+                    )
+                )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{run}: the pictures of {key[0]!r} cannot be compared ({error}); make them again"
+            ) from error
+    order = list(dense)
+    return sorted(pairs, key=lambda p: order.index((p.prompt, p.seed))), listed[0]["settings"]
+
+
+def read_checks(run: Path) -> tuple[Check, ...] | None:
+    """The checks of `verify.json`, or None without one."""
+    if not (run / VERIFICATION).exists():
+        return None
+    listed = _json(run / VERIFICATION)["checks"]
+    return tuple(Check(name=c["name"], passed=c["passed"], detail=c["detail"]) for c in listed)
+
+
+def percent(fraction: float) -> str:
+    """0.3845 → "38.5 %"; what is not quite 0 or 1 never looks like it."""
+    if 0 < abs(fraction) < 0.0005:
+        return "< 0.1 %"
+    if 0.9995 <= fraction < 1:
+        return "> 99.9 %"
+    return f"{100 * fraction:.1f} %"
+
+
+def size(count: float) -> str:
+    """Bytes in powers of ten, as disks and download pages count them."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def amount(value: float, unit: str) -> str:
+    """A figure of a measure with its unit, to three or four digits."""
+    if unit == "bytes":
+        return size(value)
+    if value >= 10_000:
+        return f"{value / 1000:.2f} s"
+    return f"{value:.0f} ms" if value >= 1000 else f"{value:.3g} ms"
+
+
+def number(value: int) -> str:
+    return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def ratio(value: float) -> str:
+    return f"×{value:.3f}"
+
+
+def interval(c: Comparison) -> str:
+    return f"{percent(c.confidence)} interval {c.low:.3f}–{c.high:.3f}".replace(".0 %", " %")
+
+
+def label(name: str) -> str:
+    return NAMES.get(name, name.replace("_", " ").capitalize())
+
+
+def verdict(c: Comparison, unit: str) -> str:
+    """The verdict in the words of the unit: times get faster, sizes get smaller."""
+    if c.verdict == SAME:
+        return SAME
+    words = {"ms": ("faster", "slower"), "bytes": ("smaller", "larger")}[unit]
+    return words[c.verdict == "higher"]
+
+
+def _by_component(plan: SparsityPlan | None, sparsity: Accounting | None) -> list[dict[str, Any]]:
+    if plan is None or sparsity is None:
+        return []
+    found = []
+    for component in plan.parameters:
+        layers = plan.of(component)
+        found.append(
+            {
+                "name": component,
+                "layers": layers,
+                "pruned": sum(p.pruned for p in layers),
+                "skipped": _reasons(layers),
+                "chart": charts.layers(label(component), layers, plan.parameters[component]),
+            }
+        )
+    return found
+
+
+def _reasons(layers: Sequence[LayerPlan]) -> list[tuple[str, int]]:
+    counts: dict[str, int] = {}
+    for layer in layers:
+        if layer.skipped_because:
+            counts[layer.skipped_because] = counts.get(layer.skipped_because, 0) + 1
+    return sorted(counts.items(), key=lambda item: -item[1])
+
+
+def _bundle(run: Path) -> Bundle | None:
+    for name in BUNDLES:
+        if (run / name / MANIFEST).exists():
+            return Bundle.open(run / name)
+    return None
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable ({error}); remove it or make it again") from error
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+
+
+def _list(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

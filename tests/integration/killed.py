@@ -1,0 +1,88 @@
+"""Runs a stage again and again and kills it with SIGKILL at seeded moments.
+
+    python -m tests.integration.killed STAGE MODEL OUT KILLS
+
+Prints a JSON line: how many of the attempts died before they had finished. Fails with an assertion
+where a killed attempt left anything but the old state or the new one, or where the next attempt
+ends in other bytes than an undisturbed one. Attempts are forked, so that the kill strikes the
+stage's work and not the imports before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from export.to_onnx import export_bundle
+from sdcompress.bundle import Bundle, SourceRecord
+from sdcompress.prune import prune
+from sdcompress.recipe import Recipe
+from tests.conftest import TWO_TO_FOUR
+
+SEED = 20
+
+
+def _stage(name: str, model: Path) -> Callable[[Path], Bundle]:
+    source = Bundle.of_source(model, SourceRecord(id="tiny-sd", kind="directory"))
+    if name == "prune":
+        recipe = Recipe.model_validate(TWO_TO_FOUR)
+        return lambda out: prune(source, recipe, out, replace=True)
+    return lambda out: export_bundle(
+        source, out, dtype="fp32", components=("text_encoder",), replace=True
+    )
+
+
+def _fork(work: Callable[[], object]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def main(name: str, model: Path, out: Path, kills: int) -> None:
+    torch.set_num_threads(1)  # a thread pool would not survive the fork
+    stage = _stage(name, model)
+    stage(out / "warm-up")
+    start = time.perf_counter()
+    reference = stage(out / "reference").digest
+    duration = time.perf_counter() - start
+    moments = random.Random(SEED)
+    target = out / "target"
+    died = 0
+    for _ in range(kills):
+        before = Bundle.open(target).digest if target.exists() else None
+        pid = _fork(lambda: stage(target))
+        time.sleep(moments.uniform(0, duration))
+        os.kill(pid, signal.SIGKILL)
+        died += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        if target.exists():
+            bundle = Bundle.open(target)
+            bundle.check_files()
+            assert bundle.digest in (before, reference)
+        else:
+            assert before is None
+        _, status = os.waitpid(_fork(lambda: stage(target)), 0)
+        assert status == 0
+        assert Bundle.open(target).digest == reference
+        left = sorted(p.name for p in out.iterdir())
+        assert left == ["reference", "target", "warm-up"], left
+    print(json.dumps({"died": died}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

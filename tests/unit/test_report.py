@@ -1,0 +1,205 @@
+"""The page: what it says, what it never claims, and that it holds everything it shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sdcompress.errors import InputError
+from sdcompress.report import charts, write_report
+from sdcompress.report.page import Pair, amount, headline, percent, size, verdict
+from tests.sample_run import ROUNDS, comparison, make_run, sample_plan, sample_results
+
+FASTER = tuple(0.7 * x for x in ROUNDS)
+SLOWER = tuple(1.3 * x for x in ROUNDS)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.0, "0.0 %"),
+        (0.0001, "< 0.1 %"),
+        (0.3845, "38.5 %"),
+        (0.9999, "> 99.9 %"),
+        (1.0, "100.0 %"),
+    ],
+)
+def test_percent(value: float, expected: str) -> None:
+    assert percent(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(12, "12 B"), (1500, "1.5 kB"), (2_413_000_000, "2.41 GB"), (999_000, "999.0 kB")],
+)
+def test_size(value: int, expected: str) -> None:
+    assert size(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "expected"),
+    [
+        (0.1234, "ms", "0.123 ms"),
+        (19.4, "ms", "19.4 ms"),
+        (1234.5, "ms", "1234 ms"),
+        (20_000, "ms", "20.00 s"),
+        (2e6, "bytes", "2.0 MB"),
+    ],
+)
+def test_amount(value: float, unit: str, expected: str) -> None:
+    assert amount(value, unit) == expected
+
+
+@pytest.mark.parametrize(
+    ("c", "unit", "expected"),
+    [
+        (comparison(0.9, 0.8, 1.0), "ms", "no difference"),
+        (comparison(0.9, 0.8, 0.95), "ms", "faster"),
+        (comparison(1.2, 1.1, 1.3), "ms", "slower"),
+        (comparison(0.9, 0.8, 0.95), "bytes", "smaller"),
+        (comparison(1.2, 1.1, 1.3), "bytes", "larger"),
+    ],
+)
+def test_verdict(c: object, unit: str, expected: str) -> None:
+    assert verdict(c, unit) == expected  # type: ignore[arg-type]
+
+
+def told(results: object, pairs: tuple[Pair, ...] = ()) -> str:
+    plan = sample_plan()
+    from sdcompress.plan import account
+
+    return " ".join(headline(results, account(plan), pairs, plan))  # type: ignore[arg-type]
+
+
+def test_the_headline_claims_nothing_where_there_is_no_difference() -> None:
+    text = told(sample_results())
+    assert "No difference in time for a picture" in text
+    assert "No difference in peak memory" in text
+    assert "unstructured zeros speed nothing up" in text
+    assert "less" not in text
+
+
+def test_the_headline_says_what_was_gained_and_lost() -> None:
+    assert "30.0 % less time for a picture" in told(sample_results(sparse=FASTER))
+    assert "30.0 % more time for a picture" in told(sample_results(sparse=SLOWER))
+
+
+def test_the_headline_trusts_no_failed_control() -> None:
+    text = told(sample_results(sparse=FASTER, control=SLOWER))
+    assert "cannot be trusted" in text
+    assert "% less time" not in text
+
+
+def test_the_headline_names_the_sparsities() -> None:
+    text = told(None)
+    assert "Asked for 50.0 % zeros in UNet" in text
+    assert "41.0 % of them really are zero, 34.1 % of the whole pipeline" in text
+    assert "Nothing has been measured" in text
+
+
+def test_the_headline_speaks_of_the_pictures() -> None:
+    def pair(psnr: float | None) -> Pair:
+        return Pair("p", 0, "", "", (64, 64), psnr)
+
+    assert "All 1 pictures are identical" in told(None, (pair(None),))
+    assert "median PSNR of 20.0 dB (2 of 3 differ)" in told(
+        None, (pair(None), pair(10.0), pair(30.0))
+    )
+
+
+def test_a_complete_run(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path, sample_results()))
+    text = page.read_text(encoding="utf-8")
+    assert page == tmp_path / "report.html"
+    for part in ("Asked and done", "no rule matches", "down_blocks.3.attn.to_q.weight"):
+        assert part in text
+    for part in ("p95 10.2 ms", "no difference", "every position", "onnxruntime 1.31"):
+        assert part in text
+    assert text.count("data:image/png;base64,") == 4
+    assert text.count("38.6 dB") == 3  # the headline and each pair
+    assert "Nothing has been" not in text
+
+
+def test_nothing_outside_the_page_is_asked_for(tmp_path: Path) -> None:
+    text = write_report(make_run(tmp_path, sample_results())).read_text(encoding="utf-8")
+    assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(?!data:|[\"'])\S", text)
+    assert "<script" not in text
+    assert "default-src 'none'" in text
+
+
+def test_every_heading_table_and_picture_is_accessible(tmp_path: Path) -> None:
+    text = write_report(make_run(tmp_path, sample_results())).read_text(encoding="utf-8")
+    assert '<html lang="en">' in text
+    assert all(" alt=" in tag for tag in re.findall(r"<img[^>]*>", text))
+    assert all("scope=" in tag for tag in re.findall(r"<th[ >][^>]*>?", text))
+    assert all("aria-label=" in tag for tag in re.findall(r"<svg[^>]*>", text))
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'aria-labelledby="([^"]+)"', text)) <= set(ids)
+
+
+def test_hostile_names_and_prompts_are_text(tmp_path: Path) -> None:
+    evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}'
+    make_run(tmp_path, sample_results(model=evil), prompts=(evil,))
+    (tmp_path / "recipe.yaml").write_text(f"# </pre>{evil}\n")
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "<img src=x" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "{{ 7*7 }}" in text
+
+
+def test_a_failed_control_is_said_loudly(tmp_path: Path) -> None:
+    make_run(tmp_path, sample_results(control=SLOWER))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Do not trust these figures" in text
+
+
+def test_missing_parts_name_the_command_that_makes_them(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "verify.json").unlink()
+    for picture in (tmp_path / "images" / "sparse").iterdir():
+        picture.unlink()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    for command in ("sdcompress bench", "sdcompress verify", "sdcompress run"):
+        assert f"<code>{command}" in text
+    assert "Asked and done" in text
+
+
+def test_results_alone_make_a_page(tmp_path: Path) -> None:
+    sample_results().write(tmp_path / "results.json")
+    assert "no difference" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sdcompress run"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path, sample_results())
+    file = tmp_path / "images" / "sparse" / "00.png"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match="a large red circle"):
+        write_report(tmp_path)
+
+
+def test_the_filled_area_of_the_chart_is_the_sparsity() -> None:
+    plan = sample_plan()
+    chart = str(charts.layers("UNet", plan.of("unet"), plan.parameters["unet"]))
+    bars = re.findall(
+        r'class="zeros" x="[\d.]+" y="[\d.]+" width="([\d.]+)" height="([\d.]+)"', chart
+    )
+    area = sum(float(w) * float(h) for w, h in bars) / (charts.WIDTH * charts.HEIGHT)
+    assert area == pytest.approx(20_480 / 50_000, rel=1e-3)
+    assert "41.0 % of the component" in chart
+
+
+@pytest.mark.parametrize("spread", [1e-5, 0.01, 0.05, 0.2, 0.7, 3.0])
+def test_the_axis_always_has_its_one_and_two_more_ticks(spread: float) -> None:
+    ticks = charts._ticks(max(0.02, spread))
+    assert 1.0 in ticks
+    assert len(ticks) >= 3

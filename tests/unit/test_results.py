@@ -1,0 +1,59 @@
+"""results.json: what is written can be read back, and anything else is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from sdcompress.errors import InputError
+from sdcompress.results import Results
+from tests.sample_run import sample_results
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    results = sample_results()
+    results.write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == results
+
+
+def test_the_schema_accepts_it(tmp_path: Path) -> None:
+    results = sample_results()
+    jsonschema.validate(json.loads(results.model_dump_json()), Results.model_json_schema())
+
+
+def test_latency_leaves_out_memory() -> None:
+    assert "peak_memory" not in sample_results().latency
+    assert "picture" in sample_results().latency
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"schema_version": 2}, "schema_version"),
+        ({"unknown": 1}, "unknown"),
+        ({"measures": {"picture": {}}}, "measures.picture"),
+    ],
+)
+def test_another_document_is_refused(
+    tmp_path: Path, change: dict[str, object], expected: str
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({**json.loads(sample_results().model_dump_json()), **change}))
+    with pytest.raises(InputError, match=expected) as caught:
+        Results.read(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_no_document_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match="schema version 1"):
+        Results.read(tmp_path / "results.json")
+
+
+def test_a_missing_file_says_what_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sdcompress bench"):
+        Results.read(tmp_path / "results.json")
