@@ -72,6 +72,7 @@ def bench(
     Raises:
         UsageError: fewer than 2 rounds, a size that does not fit, or engines that cannot be
             compared because backend, options or precision differ.
+        VerificationError: an engine's files are not those of its manifest.
         SdcompressError: a measuring process failed, was killed, or gave NaN.
     """
     if rounds < 2:
@@ -82,9 +83,9 @@ def bench(
         name: {**_job(engine, steps, guidance, height, width, prompt, seed), "name": name}
         for name, engine in (("dense", dense), ("sparse", sparse), ("control", dense))
     }
-    iterations = _iterations(jobs, budget, timeout)
+    plan = _how_often(jobs, budget, timeout)
     for job in jobs.values():
-        job["iterations"] = iterations
+        job.update(plan)
     answers = run_rounds(WORKER, jobs, rounds=rounds, seed=seed, timeout=timeout, progress=progress)
     measures = _measures(answers)
     latents = jobs["dense"]["latent_shape"]
@@ -101,7 +102,8 @@ def bench(
         },
         setup=Setup(
             rounds=rounds,
-            iterations=iterations,
+            iterations=plan["iterations"],
+            warm_up=plan["warm_up"],
             steps=steps,
             guidance=guidance,
             height=latents[1] * scale,
@@ -178,23 +180,28 @@ def _job(
         "latent_shape": geometry.latent_shape(height, width),
         "scaling_factor": geometry.scaling_factor,
         "seed": seed,
-        "warm_up": 2,
+        "warm_up": 0,
         "iterations": dict.fromkeys(SHARES, 1),
     }
 
 
-def _iterations(
+def _how_often(
     jobs: Mapping[str, dict[str, Any]], budget: float, timeout: float | None
-) -> dict[str, int]:
-    """How often each stage runs in a process, the same for all; from a trial that is not counted.
+) -> dict[str, Any]:
+    """Iterations of each stage and warm-ups in a process, the same for all; by an uncounted trial.
 
-    The trial runs both engines, so that the files of both are in the page cache from then on.
+    The trial runs both engines, so that the files of both are in the page cache from then on. A
+    picture is always painted before anything is timed; slow engines get no more warm-up than that.
     """
     trials = [run_worker(WORKER, jobs[name], timeout=timeout) for name in ("sparse", "dense")]
-    slowest = {stage: max(t[stage][0] for t in trials) for stage in SHARES}
+    slowest = {stage: max(trial[stage][0] for trial in trials) for stage in SHARES}
+    milliseconds = budget * 1000
     return {
-        stage: max(1, min(50, round(budget * 1000 * share / slowest[stage])))
-        for stage, share in SHARES.items()
+        "warm_up": min(2, int(milliseconds / slowest["picture"])),
+        "iterations": {
+            stage: max(1, min(50, round(milliseconds * share / slowest[stage])))
+            for stage, share in SHARES.items()
+        },
     }
 
 
@@ -242,6 +249,7 @@ def _control(measures: Mapping[str, Measure]) -> Control:
 
 def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
     for bundle in (dense, sparse):
+        bundle.check_files()  # the results name an engine by its digest, so it must be that engine
         if bundle.manifest.stage != "engine":
             raise InputError(
                 f"{bundle.path}: expected an engine, found a bundle of stage "

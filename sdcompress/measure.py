@@ -125,13 +125,14 @@ def anonymous_bytes(pid: int) -> int:
 
 
 class PeakMemory:
-    """Samples a process tree's anonymous memory every 10 ms, while not paused, and keeps the peak.
+    """Samples a process tree's anonymous memory `every` so many seconds and keeps the peak.
 
     `peak` is in bytes, and 0 where the system has no smaps_rollup.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, every: float = SAMPLE_EVERY_S) -> None:
         self.peak = 0
+        self._every = every
         self._pid = pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -155,7 +156,7 @@ class PeakMemory:
             self.peak = max(self.peak, anonymous_bytes(self._pid))
             if stopping:
                 return
-            self._stop.wait(SAMPLE_EVERY_S)
+            self._stop.wait(self._every)
 
 
 QUIET = "memory settled"

@@ -134,10 +134,11 @@ class Threshold:
     def find(cls, scores: Iterable[Tensor], zeros: int) -> Threshold:
         """`scores` is walked twice and must give the same tensors in the same order."""
         if zeros == 0:
-            return cls(-1, 0)
-        high, before = cls._bin(scores, zeros, lambda k: k >> 16)
-        low, below = cls._bin(scores, zeros - before, lambda k: k[k >> 16 == high] & 0xFFFF)
-        return cls((high << 16) | low, zeros - before - below)
+            return cls(_LOWEST, 0)
+        high, before = cls._bin(scores, zeros, lambda key: (key >> 16) + 32768)
+        digit = high - 32768
+        low, below = cls._bin(scores, zeros - before, lambda key: key[key >> 16 == digit] & 0xFFFF)
+        return cls((digit << 16) | low, zeros - before - below)
 
     @staticmethod
     def _bin(
@@ -164,12 +165,18 @@ class Threshold:
         return keep.reshape(scores.shape)
 
 
+_LOWEST = -(2**31)
+
+
 def _ordered_bits(scores: Tensor) -> Tensor:
-    """fp32 scores as int64 in [0, 2**32) that sort the same way; -0.0 counts as +0.0."""
+    """fp32 scores as int32 that sort the same way; -0.0 counts as +0.0.
+
+    The bits of a positive float grow with it; those of a negative one must be turned around.
+    """
     import torch
 
-    bits = (scores.float() + 0.0).reshape(-1).view(torch.int32).to(torch.int64)
-    return torch.where(bits < 0, -1 - bits.bitwise_and(0x7FFFFFFF), bits) + 0x80000000
+    bits = (scores.float() + 0.0).reshape(-1).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def violations(weight: Tensor, pattern: Pattern) -> int:

@@ -79,10 +79,11 @@ class Engine(_Record):
 
 
 class Setup(_Record):
-    """How it was measured."""
+    """How it was measured; `iterations` of each stage in a process, after `warm_up` of each."""
 
     rounds: int
     iterations: dict[str, int]
+    warm_up: int
     steps: int
     guidance: float
     height: int
@@ -114,19 +115,6 @@ class Environment(_Record):
     python: str
     versions: dict[str, str]
     accelerator: str | None = None
-
-
-class Picture(_Record):
-    """The same prompt and seed from both engines; paths are relative to the results file.
-
-    `psnr` in dB against the dense picture; None where they are identical.
-    """
-
-    prompt: str
-    seed: int
-    dense: str
-    sparse: str
-    psnr: float | None
 
 
 class Check(_Record):
@@ -164,8 +152,6 @@ class Results(_Record):
     setup: Setup
     environment: Environment
     sparsity: Accounting | None = None
-    checks: tuple[Check, ...] | None = None
-    pictures: tuple[Picture, ...] | None = None
 
     @property
     def latency(self) -> dict[str, Measure]:

@@ -94,6 +94,7 @@ def sample_results(
         setup=Setup(
             rounds=len(ROUNDS),
             iterations={"picture": 2},
+            warm_up=2,
             steps=20,
             guidance=7.5,
             height=64,

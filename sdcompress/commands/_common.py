@@ -77,7 +77,8 @@ def emit(document: BaseModel, as_json: bool, show: Callable[[Console], None]) ->
     if as_json:
         click.echo(document.model_dump_json(indent=1))
     else:
-        show(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+        # A pipe has no width of its own, and nobody wants names cut short in a file.
+        show(Console(highlight=False, width=None if sys.stdout.isatty() else 160))
 
 
 @contextmanager

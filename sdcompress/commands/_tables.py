@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 def accounting_table(accounting: Accounting) -> Table:
     """The four sparsities, a row each component, then together and the whole pipeline."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(
-        "", "parameters", "asked", "of the layers pruned", "really zero", title="sparsity"
-    )
+    headings = ("", "parameters", "asked", "of the layers pruned", "really zero")
+    table = Table(*headings, title="sparsity", box=SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
 
@@ -38,12 +38,13 @@ def accounting_table(accounting: Accounting) -> Table:
 
 def measures_table(results: Results) -> Table:
     """Dense against sparse: medians, the ratio with its interval, and what that says."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     s = results.setup
     title = f"{s.width}×{s.height} pixels, {s.steps} steps, medians of {s.rounds} rounds"
-    table = Table("", "dense", "sparse", "sparse ÷ dense", "says", title=title)
+    table = Table("", "dense", "sparse", "sparse ÷ dense", "says", title=title, box=SIMPLE_HEAD)
     for column in table.columns[1:4]:
         column.justify = "right"
     for name, m in results.measures.items():

@@ -55,23 +55,32 @@ def command(
 
 
 def _show(console: Console, output: Output, show_all: bool) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from sdcompress.commands._tables import accounting_table
 
-    table = Table("layer", "shape", "pattern", "criterion", "sparsity", title=output.recipe)
+    table = Table(title=output.recipe, box=SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
+    for heading in ("shape", "pattern", "criterion", "sparsity"):
+        table.add_column(heading)
+    pruned_components = {p.component for p in output.plan.layers if p.pruned}
     hidden = 0
     for p in output.plan.layers:
         shape = "×".join(map(str, p.shape))
         name = f"{p.component}.{p.name}"
+        matrix = p.kind in ("linear", "conv", "embedding")
         if p.pruned:
             sparsity = p.sparsity if isinstance(p.sparsity, str) else f"{p.sparsity:.1%}"
             table.add_row(name, shape, p.pattern, p.criterion, sparsity)
-        elif show_all or p.kind in ("linear", "conv", "embedding"):
+        elif show_all or (matrix and p.component in pruned_components):
             table.add_row(name, shape, "dense", "", p.skipped_because, style="dim")
         else:
             hidden += 1
     console.print(table)
     if hidden:
-        console.print(f"{hidden} biases and normalisation tensors stay dense (--all lists them)")
+        console.print(
+            f"{hidden} more tensors stay dense: biases, normalisation and components the recipe "
+            "does not name (--all lists them)"
+        )
     console.print(accounting_table(output.accounting))

@@ -1,18 +1,48 @@
-"""Merging LoRA files into a model before it is pruned: the zeros must be those of the sum."""
+"""Merging LoRA files into a model before it is pruned: the zeros must be those of the sum.
+
+Three ways of naming the same thing are read: diffusers and PEFT (`unet.a.b.lora_A.weight`),
+older diffusers (`unet.a.b.processor.to_q_lora.down.weight`) and the trainers around kohya's
+(`lora_unet_a_b.lora_down.weight`, with an alpha beside). The model streams through tensor by
+tensor, so merging costs the memory of the LoRA and of one tensor.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdcompress.bundle import link_or_copy, sha256_file
 from sdcompress.catalog import model_files, weight_files
 from sdcompress.errors import InputError, UsageError
 from sdcompress.models.checks import PICKLED
 from sdcompress.safetensors_io import StreamWriter, raw_bytes, read_header, read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_COMPONENTS = ("unet", "text_encoder")
+_ROLES = (
+    (
+        "down",
+        re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$"),
+    ),
+    ("up", re.compile(r"(\.lora_B|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$")),
+    ("alpha", re.compile(r"\.alpha$")),
+)
+_PREFIXES = {
+    "unet": re.compile(r"^(unet\.|lora_unet_)"),
+    "text_encoder": re.compile(r"^(text_encoder\.|lora_te_)"),
+}
+# Older diffusers names what an attention layer does, not the module that does it.
+_ALIASES = {
+    "unet": {"to_out": "to_out_0"},
+    "text_encoder": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +55,16 @@ class Lora:
     def record(self) -> str:
         """What the manifest says of it: name, contents and scale."""
         return f"{self.file.name}@sha256:{sha256_file(self.file)}:{self.scale:g}"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """ΔW = factor · up · down, with up [out, rank] and down [rank, everything else]."""
+
+    lora: Lora
+    up: Tensor
+    down: Tensor
+    factor: float
 
 
 def parse_lora(text: str, *, allow_pickle: bool = False) -> Lora:
@@ -40,8 +80,8 @@ def parse_lora(text: str, *, allow_pickle: bool = False) -> Lora:
     try:
         scale = float(number)
     except ValueError:
-        scale = float("nan")
-    if not abs(scale) < float("inf"):
+        scale = math.nan
+    if not math.isfinite(scale):
         raise UsageError(f"--lora {text}: expected FILE:scale with a number as scale, as in a:0.8")
     file = Path(name)
     if not file.is_file():
@@ -57,82 +97,156 @@ def parse_lora(text: str, *, allow_pickle: bool = False) -> Lora:
 def merge(model: Path, loras: Sequence[Lora], directory: Path) -> None:
     """Write `model` with the LoRAs added to its UNet and text encoder; the rest is linked.
 
-    W ← W + scale · (alpha / rank) · B A, computed in float32 and rounded once to the stored type.
+    W ← W + Σ scale · (alpha / rank) · up · down (Hu et al. 2021), summed in float32 and rounded
+    once to the stored type.
 
     Raises:
-        InputError: a LoRA does not fit the model or changes nothing in it.
+        InputError: a LoRA is of a kind that is not read, or does not fit the model.
     """
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
-    )
-    for i, lora in enumerate(loras):
-        _add(pipeline, lora, f"lora{i}")
+    shapes = {
+        (component, name): info.shape
+        for component in _COMPONENTS
+        for file in weight_files(model / component)
+        for name, info in read_header(file).tensors.items()
+    }
+    changes: dict[tuple[str, str], list[_Change]] = {}
+    for lora in loras:
+        for weight, change in _changes(lora, shapes).items():
+            changes.setdefault(weight, []).append(change)
     rewritten = set()
-    for component in ("unet", "text_encoder"):
-        state = getattr(pipeline, component).state_dict()
-        # transformers 5 classes have dropped the prefix that the files keep
-        state |= {f"text_model.{name}": tensor for name, tensor in state.items()}
+    for component in _COMPONENTS:
         for file in weight_files(model / component):
-            _rewrite(file, state, directory / component / file.name)
+            of_file = {name: c for (part, name), c in changes.items() if part == component}
+            _rewrite(file, of_file, directory / component / file.name)
             rewritten.add(file)
     for file in model_files(model):
         if file not in rewritten:
             link_or_copy(file, directory / file.relative_to(model))
 
 
-def _add(pipeline: Any, lora: Lora, name: str) -> None:
-    import torch
+def _changes(
+    lora: Lora, shapes: Mapping[tuple[str, str], tuple[int, ...]]
+) -> dict[tuple[str, str], _Change]:
+    """(component, state-dict key) → what the LoRA adds to that weight."""
+    tensors, settings = _read(lora.file)
+    flat = {
+        component: {
+            _flat(name.removesuffix(".weight")): name
+            for part, name in shapes
+            if part == component and name.endswith(".weight")
+        }
+        for component in _COMPONENTS
+    }
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        role, module = _role(lora, key)
+        weight = _weight(module, flat)
+        if weight is None:
+            raise InputError(
+                f"{lora.file}: expected a LoRA for this model, but the model has nothing that "
+                f"{key} could change; use one trained on the same Stable Diffusion"
+            )
+        found.setdefault(weight, {})[role] = tensor
+    changes = {}
+    for weight, parts in found.items():
+        name = ".".join(weight)
+        if not {"up", "down"} <= parts.keys():
+            raise InputError(
+                f"{lora.file}: it has only half of the change to {name}; it is damaged"
+            )
+        up, down = parts["up"].float().flatten(1), parts["down"].float().flatten(1)
+        rank, shape = down.shape[0], shapes[weight]
+        fits = (up.shape[0], up.shape[1], down.shape[1]) == (shape[0], rank, math.prod(shape[1:]))
+        if not fits:
+            raise InputError(
+                f"{lora.file}: expected a LoRA for this model, but its change to {name} is "
+                f"{up.shape[0]}×{down.shape[1]} and the weight {shape[0]}×{math.prod(shape[1:])}; "
+                "use one trained on the same Stable Diffusion"
+            )
+        alpha = float(parts["alpha"]) if "alpha" in parts else settings.alpha(weight, rank)
+        changes[weight] = _Change(lora, up, down, lora.scale * alpha / rank)
+    return changes
 
-    before = _fingerprint(pipeline)
-    try:
-        with warnings.catch_warnings():
-            # A file for UNet and text encoder both, or for one of them: either is fine.
-            warnings.simplefilter("ignore")
-            pipeline.load_lora_weights(_lora_state(lora.file), adapter_name=name)
-            pipeline.fuse_lora(lora_scale=lora.scale, adapter_names=[name], safe_fusing=True)
-            pipeline.unload_lora_weights()
-    except (ValueError, KeyError, RuntimeError, torch.OutOfMemoryError) as e:
-        raise InputError(
-            f"{lora.file}: expected a LoRA for this model, but it does not fit "
-            f"({str(e).strip().splitlines()[0]}); use one trained on the same Stable Diffusion"
-        ) from e
-    if lora.scale and _fingerprint(pipeline) == before:
-        raise InputError(
-            f"{lora.file}: expected a LoRA for this model, found nothing in it that changes the "
-            "UNet or the text encoder; use one trained on the same Stable Diffusion"
-        )
 
-
-def _lora_state(file: Path) -> dict[str, Any]:
-    import torch
-    from safetensors.torch import load_file
-
-    if file.suffix in PICKLED:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
-        return state
-    read_header(file)  # a truncated file gets our one line, not a traceback
-    return load_file(file)
-
-
-def _fingerprint(pipeline: Any) -> tuple[float, ...]:
-    """Any change of a Linear or Conv weight shows here; adapters' own tensors are gone by then."""
-    return tuple(
-        float(p.double().abs().sum())
-        for model in (pipeline.unet, pipeline.text_encoder)
-        for p in model.parameters()
-        if p.dim() > 1
+def _role(lora: Lora, key: str) -> tuple[str, str]:
+    """What a tensor of the file is ("up", "down" or "alpha"), and of which module."""
+    for role, pattern in _ROLES:
+        if match := pattern.search(key):
+            return role, key[: match.start()]
+    raise InputError(
+        f"{lora.file}: expected a LoRA (pairs of up and down weights), found {key}; LoHa, LoKr, "
+        "DoRA and textual inversion are not read, merge such a file with the tool it was made with"
     )
 
 
-def _rewrite(file: Path, state: dict[str, Any], target: Path) -> None:
-    """Write `file` with the values of `state`, in the types, order and header it has."""
+def _weight(module: str, flat: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
+    """The weight a module's name means, whichever way it is spelled."""
+    module = module.removeprefix("base_model.model.").replace(".processor.", ".")
+    component = next((c for c, prefix in _PREFIXES.items() if prefix.search(module)), "unet")
+    name = _flat(_PREFIXES[component].sub("", module))
+    spellings = [name]
+    for old, new in _ALIASES[component].items():
+        if name.endswith(f"_{old}"):
+            spellings.append(name.removesuffix(old) + new)
+    key = next((flat[component][s] for s in spellings if s in flat[component]), None)
+    return None if key is None else (component, key)
+
+
+def _flat(module: str) -> str:
+    """A module's name without dots, and without the prefix only some versions of CLIP have."""
+    return re.sub(r"\W", "_", module.removeprefix("text_model.")).removeprefix("text_model_")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """PEFT's settings, which newer diffusers writes into the file's metadata."""
+
+    values: Mapping[str, Any]
+
+    def alpha(self, weight: tuple[str, str], rank: int) -> float:
+        """The alpha of one weight; the rank, which means a factor of 1, where none is given."""
+        component, name = weight
+        module = name.removesuffix(".weight")
+        alpha = self.values.get(f"{component}.lora_alpha", rank)
+        for pattern, value in (self.values.get(f"{component}.alpha_pattern") or {}).items():
+            if module == pattern or module.endswith(f".{pattern}"):
+                alpha = value
+        # Rank-stabilised LoRA divides by the root of the rank (Kalajdzievski 2023).
+        root = math.sqrt(rank) if self.values.get(f"{component}.use_rslora") else 1.0
+        return float(alpha) * root
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], _Settings]:
+    if file.suffix in PICKLED:
+        import torch
+
+        state = torch.load(file, map_location="cpu", weights_only=False)
+        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}, _Settings({})
+    header = read_header(file)
+    try:
+        settings = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as e:
+        raise InputError(f"{file}: its lora_adapter_metadata is not valid JSON") from e
+    for component in _COMPONENTS:
+        if settings.get(f"{component}.use_dora"):
+            raise InputError(f"{file}: expected a LoRA, found a DoRA, which is not read; merge it")
+    tensors = {name: read_tensor(info) for name, info in header.tensors.items()}
+    if not tensors:
+        raise InputError(f"{file}: expected a LoRA, found a file without tensors")
+    return tensors, _Settings(settings)
+
+
+def _rewrite(file: Path, changes: Mapping[str, Sequence[_Change]], target: Path) -> None:
+    """Write `file` with the changes added, in the types, order and header it has."""
     header = read_header(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     with StreamWriter(target, header) as out:
         for name, info in header.tensors.items():
-            old = read_tensor(info)
-            new = state.get(name)
-            out.write(info, raw_bytes(old if new is None else new.to(old.dtype)))
+            weight = read_tensor(info)
+            if name in changes:
+                total = weight.float()
+                for change in changes[name]:
+                    delta = (change.up @ change.down).reshape(total.shape)
+                    total = total.add_(delta, alpha=change.factor)
+                weight = total.to(weight.dtype)
+            out.write(info, raw_bytes(weight))

@@ -106,7 +106,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         layers=_by_component(plan, sparsity),
         pairs=pairs,
         settings=settings,
-        checks=read_checks(run) or (results.checks if results else None),
+        checks=read_checks(run),
         bundle=bundle,
         same=SAME,
         enough_rounds=ENOUGH_ROUNDS,
@@ -215,7 +215,7 @@ def read_checks(run: Path) -> tuple[Check, ...] | None:
     if not (run / VERIFICATION).exists():
         return None
     listed = _json(run / VERIFICATION)["checks"]
-    return tuple(Check(name=c["name"], passed=c["passed"], detail=c["detail"]) for c in listed)
+    return tuple(Check.model_validate(check) for check in listed)
 
 
 def percent(fraction: float) -> str:
