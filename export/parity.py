@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from export.graph import Graph
 from export.specs import DTypeName, component_spec, make_inputs
-from export.to_onnx import MODEL, architecture
+from export.to_onnx import MODEL, architecture, parameter_names
 from sdcompress.errors import InputError
 from sdcompress.results import Check
 
@@ -91,10 +91,11 @@ class _Largest(TorchFunctionMode):
 
 def _torch_module(graph: Graph) -> torch.nn.Module:
     module = architecture(graph.component, graph.config)
-    state = {f"model.{entry.key}": graph.read(t).float() for t, entry in graph.weights()}
+    names = parameter_names(graph.component, module)
     try:
+        state = {names[entry.key]: graph.read(t).float() for t, entry in graph.weights()}
         module.load_state_dict(state, assign=True, strict=True)
-    except RuntimeError as e:
+    except (KeyError, RuntimeError) as e:
         raise InputError(
             f"{graph.directory}: the weights do not fit config.json; export the model again"
         ) from e

@@ -157,11 +157,14 @@ _OLD_VAE_NAMES = {
     ".value.": ".to_v.",
     ".proj_attn.": ".to_out.0.",
 }
+_TEXT_PREFIX = "text_model."  # in weight files, but not in the modules of transformers 5
 
 
 def canonical_key(component: str, name: str) -> str:
-    """The state-dict key of today's module for a tensor's `name` in a weight file."""
-    if MODEL_OF[component] == "vae" and ".attentions." in name:
+    """The one key of a tensor that goes by several names, in old files and in new libraries."""
+    if component == "text_encoder":
+        return name if name.startswith(_TEXT_PREFIX) else _TEXT_PREFIX + name
+    if component == "vae_decoder" and ".attentions." in name:
         for old, new in _OLD_VAE_NAMES.items():
             name = name.replace(old, new)
     return name

@@ -107,8 +107,7 @@ def export_bundle(
         linked = _carry_over(source, components, work)
         for component in components:
             progress(f"tracing {component}", 0)
-            config = read_config(work, component)
-            skeleton = build_skeleton(component, config, dtype, opset)
+            skeleton = build_skeleton(component, read_config(work, component), dtype, opset)
             model = MODEL_OF[component]
             filled = fill(
                 skeleton,
@@ -201,7 +200,8 @@ def _build_skeleton(component: str, config_json: str, dtype: DTypeName, opset: i
     model = _trace(module, spec, config, dtype, opset)
     _strip(model)
     _name_axes(model.graph, spec)
-    arrays = {k.removeprefix("model."): w.numpy() for k, w in weights.items()}
+    names = parameter_names(component, module)
+    arrays = {key: weights[name].numpy() for key, name in names.items()}
     weight_map = _externalise(model.graph, arrays, component, dtype, opset)
     proto = ir.to_proto(model)
     if wrong := wrong_product_dtypes(proto, dtype):
@@ -245,10 +245,7 @@ class _VaeDecoder(nn.Module):
 
 
 def architecture(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """The component's module in inference mode, its parameters without values.
-
-    Its state dict has the keys of the model's, prefixed with "model.".
-    """
+    """The component's module in inference mode, its parameters without values."""
     with _parameters_on_meta():
         if component == "text_encoder":
             from transformers import CLIPTextConfig, CLIPTextModel
@@ -261,6 +258,12 @@ def architecture(component: str, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import AutoencoderKL
 
         return _VaeDecoder(AutoencoderKL.from_config(config)).eval()
+
+
+def parameter_names(component: str, module: nn.Module) -> dict[str, str]:
+    """The state-dict key of weight files → the parameter of `architecture`'s module it fills."""
+    names = [name for name, _ in module.named_parameters()]
+    return {canonical_key(component, name.removeprefix("model.")): name for name in names}
 
 
 @contextmanager

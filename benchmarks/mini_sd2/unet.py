@@ -25,9 +25,11 @@ from sdcompress.models.mini_sd2.scenes import (
 )
 
 SCENES = 40_000
-STEPS = 12_000
+STEPS = 5000
 HORIZON = 12_000
-COOLDOWN = 1200
+COOLDOWN = 1500
+# By then single objects are learnt: from this step on, most batches are pairs.
+PAIRS_FROM = 3500
 BATCH = 64
 LEARNING_RATE = 1e-3
 CAPTION_DROP = 0.1
@@ -161,11 +163,14 @@ def train_unet(
     denoiser = Denoiser(tokenizer)
     pipe = build_pipeline(vae, denoiser, tokenizer)
     alphas = pipe.scheduler.alphas_cumprod
+    pairs = np.array([i for i, scene in enumerate(scenes) if scene.relation])
 
     def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         n = BATCH // world()
         rng = np.random.default_rng(draw(seed, step))
         chosen = rng.integers(len(scenes), size=n)
+        if step >= PAIRS_FROM:
+            chosen = np.where(rng.random(n) < 0.6, rng.choice(pairs, n), chosen)
         texts = [caption(scenes[i], int(rng.integers(2 * len(PHRASINGS)))) for i in chosen]
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
         x = latents[torch.from_numpy(chosen)]

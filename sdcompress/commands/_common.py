@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
     from sdcompress.bundle import Bundle
 
@@ -81,10 +82,18 @@ def emit(document: BaseModel, as_json: bool, show: Callable[[Console], None]) ->
         show(Console(highlight=False, width=None if sys.stdout.isatty() else 160))
 
 
+def _progress(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr that goes away when it is done; nothing at all where nobody watches."""
+    from rich.progress import Progress
+
+    people = console()
+    return Progress(*columns, console=people, transient=True, disable=not people.is_terminal)
+
+
 @contextmanager
 def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
     """A progress bar over bytes of weights, on a terminal only."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"),
@@ -92,7 +101,7 @@ def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console(), transient=True) as progress:
+    with _progress(*columns) as progress:
         files = bundle.manifest.files.items()
         total = sum(record.size for name, record in files if name.endswith(".safetensors"))
         task = progress.add_task("reading", total=total)
@@ -102,23 +111,28 @@ def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
 @contextmanager
 def counted_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over things that are counted, such as pictures; on a terminal only."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(), transient=True) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with _progress(*columns) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
-def stage_status(what: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with elapsed time and the current step, for stages without a countable total."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def stage_status(what: str) -> Iterator[None]:
+    """A spinner with elapsed time, for stages without a countable total."""
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console(), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda step: progress.update(task, description=f"{what}: {step}")
+    with _progress(*columns) as progress:
+        progress.add_task(what, total=None)
+        yield
 
 
 class Stopwatch:

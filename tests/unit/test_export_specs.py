@@ -63,6 +63,12 @@ def test_old_vae_names_are_read_as_todays() -> None:
     assert canonical_key("unet", "conv_in.weight") == "conv_in.weight"
 
 
+def test_both_names_of_a_text_encoders_tensor_are_one() -> None:
+    key = "text_model.final_layer_norm.bias"
+    assert canonical_key("text_encoder", key) == key
+    assert canonical_key("text_encoder", "final_layer_norm.bias") == key
+
+
 def test_only_known_tensors_are_unused() -> None:
     assert unused_key("vae_decoder", "encoder.conv_in.weight")
     assert unused_key("text_encoder", "text_model.embeddings.position_ids")
