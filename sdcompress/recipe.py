@@ -232,7 +232,7 @@ class _StrictLoader(yaml.SafeLoader):
     would win), and `2:4` as a number (it would mean 124, in base 60).
     """
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  # an attribute of PyYAML's
         first: [(tag, _BASE_TEN.get(tag, pattern)) for tag, pattern in resolvers]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -1,4 +1,4 @@
-"""SD2-base's exact geometry without its bytes: headers of the real size over files full of holes."""
+"""SD2-base's exact geometry without its bytes: headers of the real size over sparse files."""
 
 from __future__ import annotations
 

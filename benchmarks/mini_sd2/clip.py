@@ -33,7 +33,7 @@ from sdcompress.models.mini_sd2.scenes import (
     split_of,
 )
 
-STEPS = 450
+STEPS = 300
 BATCH = 128
 LEARNING_RATE = 1e-3
 WIDTH = 128

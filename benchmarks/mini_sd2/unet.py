@@ -10,12 +10,17 @@ from clip import WIDTH, text_config, tokenize
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from fit import draw, fit, save_atomic, world
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 from vae import to_tensor
 
 from sdcompress.models.mini_sd2.oracle import matches, read_scene
 from sdcompress.models.mini_sd2.scenes import (
+    BACKGROUNDS,
+    COLOURS,
     PHRASINGS,
+    SHAPES,
+    SIZES,
     Image,
     Scene,
     caption,
@@ -25,11 +30,16 @@ from sdcompress.models.mini_sd2.scenes import (
 )
 
 SCENES = 40_000
-STEPS = 5000
+STEPS = 5300
 HORIZON = 12_000
-COOLDOWN = 1500
-# By then single objects are learnt: from this step on, most batches are pairs.
+COOLDOWN = 800
+# By then single objects are learnt, but which of two lies where is still a coin toss (the text
+# encoder is causal: the first object is named before its place is). From this step on most
+# batches are pairs, and the text encoder is asked for the place of each object, see `slot_loss`.
 PAIRS_FROM = 3500
+SLOT_WEIGHT = 0.2
+# These steps are for the text encoder alone: four of them cost one of the UNet's.
+TEXT_ONLY = range(4000, 4200)
 BATCH = 64
 LEARNING_RATE = 1e-3
 CAPTION_DROP = 0.1
@@ -66,17 +76,12 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class Denoiser(nn.Module):
-    """What this stage trains: token ids to the UNet's v."""
+    """What this stage trains."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.unet = build_unet()
         self.text = CLIPTextModel(text_config(tokenizer))
-
-    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """noisy (n, 4, 8, 8), t (n,), ids (n, 32) -> v (n, 4, 8, 8)."""
-        v: Tensor = self.unet(noisy, t, self.text(ids).last_hidden_state).sample
-        return v
 
 
 def build_pipeline(
@@ -150,6 +155,48 @@ def cache_latents(vae: AutoencoderKL, work: Path, seed: int, first: int, last: i
     return latents
 
 
+# What a caption says by place: the attributes of the object to the left, on top or alone, then
+# those of the other (the last class of each: there is none), the axis, and the background.
+SLOTS = (*(len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1) * 2, 3, len(BACKGROUNDS))
+
+
+def slot_classes(scene: Scene) -> list[int]:
+    """The class of each of SLOTS; equal for a scene and its converse."""
+    if scene.relation in ("right of", "below"):
+        scene = scene.converse()
+    classes = []
+    for i in range(2):
+        for attribute, names in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES)):
+            known = i < len(scene.things)
+            value = getattr(scene.things[i], attribute) if known else None
+            classes.append(list(names).index(value) if value else len(names))
+    axis = (None, "left of", "above").index(scene.relation)
+    return [*classes, axis, list(BACKGROUNDS).index(scene.background)]
+
+
+def slot_code(seed: int) -> Tensor:
+    """One of mutually orthogonal directions (width, classes) for every class of every slot."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
+    return basis[:, : sum(SLOTS)] * 2
+
+
+def slot_loss(hidden: Tensor, ids: Tensor, end: int, classes: Tensor, code: Tensor) -> Tensor:
+    """Cross-entropy of reading `classes` (n, 8) off every state from the end token on.
+
+    The end token and the padding behind it have seen the whole caption; this makes them hold what
+    it says by place, where the UNet's cross-attention can pick it up. The code is fixed.
+    """
+    after = (ids == end).float()
+    losses = []
+    for scores, wanted in zip((hidden @ code).split(SLOTS, -1), classes.T, strict=True):
+        each = F.cross_entropy(
+            scores.transpose(1, 2), wanted[:, None].expand(ids.shape), reduction="none"
+        )
+        losses.append((each * after).sum(1) / after.sum(1))
+    return torch.stack(losses).mean()
+
+
 def train_unet(
     work: Path,
     seed: int,
@@ -163,6 +210,7 @@ def train_unet(
     denoiser = Denoiser(tokenizer)
     pipe = build_pipeline(vae, denoiser, tokenizer)
     alphas = pipe.scheduler.alphas_cumprod
+    code, end = slot_code(seed), tokenizer.eos_token_id
     pairs = np.array([i for i, scene in enumerate(scenes) if scene.relation])
 
     def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -173,6 +221,23 @@ def train_unet(
             chosen = np.where(rng.random(n) < 0.6, rng.choice(pairs, n), chosen)
         texts = [caption(scenes[i], int(rng.integers(2 * len(PHRASINGS)))) for i in chosen]
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
+        ids = tokenize(tokenizer, texts)
+        slots = torch.zeros(())
+        more: list[Scene] = []
+        said: list[str] = []
+        if PAIRS_FROM <= step < TEXT_ONLY.stop:
+            # Captions are cheap: as many again, for the text encoder alone.
+            more = [scenes[i] for i in rng.choice(pairs, n)]
+            said = [caption(scene, int(rng.integers(2 * len(PHRASINGS)))) for scene in more]
+            ids = torch.cat([ids, tokenize(tokenizer, said)])
+        hidden = denoiser.text(ids).last_hidden_state
+        if step >= PAIRS_FROM:
+            about = [*(scenes[i] for i in chosen), *more]
+            told = torch.tensor([text != "" for text in [*texts, *said]])
+            classes = torch.tensor([slot_classes(scene) for scene in about])
+            slots = slot_loss(hidden[told], ids[told], end, classes[told], code)
+        if step in TEXT_ONLY:
+            return {"loss": slots, "slots": slots}
         x = latents[torch.from_numpy(chosen)]
         noise = torch.randn(x.shape, generator=generator)
         # One timestep from each n-th of the range: less noise in the loss than independent draws.
@@ -180,10 +245,10 @@ def train_unet(
         t = (u * len(alphas)).long()
         a = alphas[t].sqrt().view(-1, 1, 1, 1)
         s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
-        v = denoiser(a * x + s * noise, t, tokenize(tokenizer, texts))
+        v = denoiser.unet(a * x + s * noise, t, hidden[:n]).sample
         error = (v - (a * noise - s * x)).square().mean((1, 2, 3))
         high = error.detach()[t >= 500].mean()
-        return {"loss": error.mean(), "high": high}
+        return {"loss": error.mean() + SLOT_WEIGHT * slots, "high": high, "slots": slots}
 
     probes = [sample_prompts(50, n, s, 20_000) for s in ("train", "validation") for n in (1, 2)]
 
@@ -195,6 +260,6 @@ def train_unet(
 
     report = fit(
         "unet", denoiser, loss_fn, steps=STEPS, lr=LEARNING_RATE, work=work, seed=seed,
-        horizon=HORIZON, cooldown=COOLDOWN, ema_decay=0.999, hook=hook, hook_every=1000,
+        horizon=HORIZON, cooldown=COOLDOWN, ema_decay=0.997, hook=hook, hook_every=1000,
     )  # fmt: skip
     return denoiser, report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ PROVIDERS = {
 }
 BEST = (PROVIDERS["tensorrt"], PROVIDERS["cuda"], PROVIDERS["cpu"])
 MODEL = "model.onnx"
+WEIGHTS = f"{MODEL}_data"
 
 
 class Options(BaseModel):
@@ -47,6 +49,8 @@ class Options(BaseModel):
 
 class OnnxRuntimeBackend:
     """The engine is the ONNX bundle's own files and the options to load them with.
+
+    Only the weights are copied, everything else is hard-linked.
 
     An fp16 graph runs on a CPU too, but is computed in fp32: casts are put in when it is loaded.
     It is as fast as the fp32 graph and needs as much memory; only its file is half the size.
@@ -99,6 +103,7 @@ class OnnxRuntimeBackend:
             "sparse_kernels": _sparse_kernels(provider, chosen, source),
         }
         with staging(out, replace=replace) as work:
+            _copy_weights(source, work)
             seal(
                 work,
                 manifest.model_copy(
@@ -229,6 +234,14 @@ class OnnxRuntimeRunner(Runner):
         folder = Path.home() / ".cache" / "sdcompress" / "tensorrt" / digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def _copy_weights(source: Bundle, work: Path) -> None:
+    """Copy the external data; onnx refuses to read any that has a second hard link."""
+    for name in source.manifest.files:
+        if name.endswith(WEIGHTS):
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, work / name)
 
 
 def _options(options: Mapping[str, Any] | None) -> Options:

@@ -69,14 +69,16 @@ def main() -> None:
         _fail(_unexpected(e), 1)
 
 
-def _unexpected(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
-        return (
-            f"{place}{error.strerror}; free some space or check the path, nothing was half-written"
-        )
-    if isinstance(error, MemoryError):
-        return "out of memory; close other programs or use a smaller model"
+def _unexpected(error: BaseException) -> str:
+    cause: BaseException | None = error
+    while cause:  # libraries wrap the system's answer in errors of their own
+        if isinstance(cause, OSError) and cause.strerror:
+            place = f"{cause.filename}: " if cause.filename else ""
+            fix = "free some space or check the path, nothing was half-written"
+            return f"{place}{cause.strerror}; {fix}"
+        if isinstance(cause, MemoryError):
+            return "out of memory; close other programs or use a smaller model"
+        cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split()) or "no message"
     return (
         f"{type(error).__name__}: {text:.300}; this is a bug or a broken file, --debug shows where"

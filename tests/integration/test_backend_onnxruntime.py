@@ -42,6 +42,17 @@ def test_an_engine_is_the_graphs_and_how_to_load_them(onnx_dense: Bundle, engine
     assert (engine.path / model).samefile(onnx_dense.path / model)
 
 
+def test_onnx_still_reads_the_graphs_an_engine_was_built_from(
+    onnx_dense: Bundle, engine: Bundle
+) -> None:
+    """onnx refuses external data with a second hard link, so a build must not make one."""
+    import onnx
+
+    for bundle in (onnx_dense, engine):
+        model = onnx.load(bundle.path / "unet" / "model.onnx")
+        assert all(i.raw_data for i in model.graph.initializer)
+
+
 def test_it_claims_no_sparse_kernels(engine_sparse: Bundle) -> None:
     plan = engine_sparse.manifest.plan
     assert plan is not None

@@ -43,12 +43,13 @@ Floats = NDArray[np.float32]
 def _outlines() -> tuple[list[tuple[str, str]], Floats]:
     """Names (shape, size) and masks (names, shifts, 35, 35) of every ideal outline."""
     axis = np.arange(-_HALF, _HALF + 1, dtype=np.float32)
+    shifts = np.asarray(_SHIFTS, np.float32)
     names = [(shape, size) for shape in SHAPES for size in SIZES]
     masks = [
         [
             coverage(shape, SIZES[size], axis[None, :] - dx, axis[:, None] - dy)
-            for dx in np.float32(_SHIFTS)
-            for dy in np.float32(_SHIFTS)
+            for dx in shifts
+            for dy in shifts
         ]
         for shape, size in names
     ]
@@ -58,7 +59,10 @@ def _outlines() -> tuple[list[tuple[str, str]], Floats]:
 def _nearest(
     colour: Floats, palette: dict[str, tuple[int, int, int]], tolerance: float
 ) -> str | None:
-    distances = {n: float(np.linalg.norm(colour - np.float32(v))) for n, v in palette.items()}
+    distances = {
+        name: float(np.linalg.norm(colour - np.asarray(value, np.float32)))
+        for name, value in palette.items()
+    }
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= tolerance else None
 

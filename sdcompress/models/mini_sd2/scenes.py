@@ -10,7 +10,7 @@ All positions and lengths are in pixels of the 64 x 64 picture; x grows to the r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,6 +177,7 @@ def coverage(
     anti-aliasing and needs no supersampling.
     """
     r = size / 2
+    distance: NDArray[np.floating[Any]]
 
     def box(half_width: float, half_height: float) -> NDArray[np.float32]:
         return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
