@@ -9,6 +9,10 @@ RUNTIME ?= cpu
 OUT ?= out
 BIN := $(VENV)/bin
 
+OTHER := $(if $(filter gpu,$(RUNTIME)),cpu,gpu)
+DISTRIBUTION_cpu := onnxruntime
+DISTRIBUTION_gpu := onnxruntime-gpu
+
 EXTRAS_demo := $(RUNTIME)
 EXTRAS_test := $(RUNTIME),optimum,test
 EXTRAS_dev := $(RUNTIME),optimum,test,dev
@@ -23,30 +27,33 @@ help:
 	@echo "make wheel-check  build the wheel, install it clean, run it"
 	@echo "make clean        remove the environment and what the demo wrote"
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-demo-$(RUNTIME)
 	$(BIN)/sdcompress run demo -o $(OUT)
 	@echo "The page: $(OUT)/report.html"
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test-$(RUNTIME)
 	$(BIN)/python -m pytest tests/unit tests/integration tests/gpu
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev-$(RUNTIME)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-wheel-check: $(VENV)/.installed-dev
+wheel-check: $(VENV)/.installed-dev-$(RUNTIME)
 	$(BIN)/python .ci/wheel_check.py
 
 clean:
 	rm -rf $(VENV) $(OUT)
 
-# One recipe for the three sets; pip is asked again only when what it reads has changed.
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS_$*)]'
+# One recipe for the three sets; pip is asked again only when what it reads has changed. The other
+# runtime goes first: both install the same files, and would break each other.
+$(VENV)/.installed-%-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
+	@rm -f $(VENV)/.installed-*-$(OTHER)
+	@$(BIN)/pip uninstall --quiet --yes $(DISTRIBUTION_$(OTHER)) 2>/dev/null
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[$(EXTRAS_$*)]'
 	@touch $@
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v[:2])'
-	@$(PYTHON) -m venv --clear $(VENV) || { echo "python3 -m venv does not work here; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv does not work here; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

@@ -75,7 +75,7 @@ def main() -> None:
 
         run(sys.executable, "-m", "venv", work / "venv")
         python = work / "venv/bin/python"
-        run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt",
+        run(python, "-m", "pip", "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt",
             f"{wheel}[cpu]")  # fmt: skip
         run(python, "-m", "pip", "check")
 

@@ -145,7 +145,10 @@ def make_inputs(
         elif tensor.name == "timestep":
             made[tensor.name] = np.array(500, kind)
         else:
-            made[tensor.name] = rng.standard_normal(shape, np.float32).astype(kind)
+            values = rng.standard_normal(shape, np.float32)
+            if tensor.name == "latent_sample":
+                values /= config.get("scaling_factor", 1.0)  # as pipelines do before decoding
+            made[tensor.name] = values.astype(kind)
     return made
 
 

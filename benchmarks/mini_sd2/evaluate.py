@@ -116,9 +116,10 @@ def prompt_accuracies(
 
 
 @torch.no_grad()
-def check_clip(pipe: StableDiffusionPipeline, n: int, seed: int) -> dict[str, float]:
+def check_clip(
+    clip: CLIPModel, pipe: StableDiffusionPipeline, n: int, seed: int
+) -> dict[str, float]:
     """The small CLIP on rendered scenes: mean cosine of right and wrong pairs, and retrieval."""
-    clip = CLIPModel.from_pretrained(WEIGHTS / "clip", torch_dtype=torch.float32)
     prompts = sample_prompts(n, None, "heldout", seed)
     pixels = to_tensor(render([s for s, _ in prompts], seed))
     out = clip(input_ids=tokenize(pipe.tokenizer, [t for _, t in prompts]), pixel_values=pixels)
@@ -173,10 +174,12 @@ def main() -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     training = json.loads(args.training.read_text()) if args.training else before.get("training")
     accuracy, pictures = prompt_accuracies(pipe, args.prompts, args.seed, ("train", "heldout"))
+    clip = CLIPModel.from_pretrained(WEIGHTS / "clip", torch_dtype=torch.float32)
     modules = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "vae": pipe.vae}
     report = {
         "training": training,
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in modules.items()},
+        "clip_parameters": clip.num_parameters(),
         "bytes": sum(p.stat().st_size for p in WEIGHTS.rglob("*") if p.is_file()),
         "sampling": {
             "scheduler": type(pipe.scheduler).__name__,
@@ -186,7 +189,7 @@ def main() -> None:
         },
         "oracle": check_oracle(pipe, 1000, args.seed),
         "prompt_accuracy": accuracy,
-        "clip": check_clip(pipe, 100, args.seed),
+        "clip": check_clip(clip, pipe, 100, args.seed),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -80,6 +80,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
     plan = bundle.manifest.plan if bundle else None
     sparsity = (results and results.sparsity) or (account(plan) if plan else None)
     pairs, settings = read_pairs(run)
+    checks = read_checks(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -98,7 +99,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         model=(results and results.model) or (source and source.id) or "a model",
         recipe=(results and results.recipe) or recipe.get("name"),
         recipe_text=_text(run / RECIPE),
-        headline=headline(results, sparsity, pairs, plan),
+        headline=headline(results, sparsity, pairs, plan, checks),
         results=results,
         forest=charts.forest(results.measures, NAMES) if results else "",
         sparsity=sparsity,
@@ -106,7 +107,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         layers=_by_component(plan, sparsity),
         pairs=pairs,
         settings=settings,
-        checks=read_checks(run),
+        checks=checks,
         bundle=bundle,
         same=SAME,
         enough_rounds=ENOUGH_ROUNDS,
@@ -118,12 +119,17 @@ def headline(
     sparsity: Accounting | None,
     pairs: Sequence[Pair],
     plan: SparsityPlan | None,
+    checks: Sequence[Check] | None = None,
 ) -> list[str]:
     """What was asked, what it brings and what it costs, claiming no more than was shown."""
     said = []
+    if failed := [check.name for check in checks or () if not check.passed]:
+        said.append(f"Verification failed: {_list(failed)}. Do not use this model.")
     if sparsity:
         both = sparsity.together
-        pruned = [label(name) for name, c in sparsity.components.items() if c.parameters_pruned]
+        pruned = [
+            _in_sentence(label(n)) for n, c in sparsity.components.items() if c.parameters_pruned
+        ]
         said.append(
             f"Asked for {percent(both.asked)} zeros in {_list(pruned or ['nothing'])}; "
             f"{percent(both.of_component)} of them really are zero, "
@@ -134,7 +140,7 @@ def headline(
     elif not results.control.trustworthy:
         said.append(
             "The measurement cannot be trusted: the dense engine differed from itself in "
-            f"{_list([label(n).lower() for n in results.control.differs])}."
+            f"{_list([_in_sentence(label(n)) for n in results.control.differs])}."
         )
     else:
         if results.setup.rounds < ENOUGH_ROUNDS:
@@ -147,7 +153,7 @@ def headline(
         if kernels.used == 0 and results.measures["picture"].sparse_to_dense.verdict == SAME:
             said.append(
                 "That is what theory says: "
-                + ("unstructured zeros speed nothing up, " if unstructured else "")
+                + ("unstructured zeros speed nothing up, and " if unstructured else "")
                 + "no kernel of this engine skips zeros."
             )
     if pairs:
@@ -259,6 +265,11 @@ def interval(c: Comparison) -> str:
 
 def label(name: str) -> str:
     return NAMES.get(name, name.replace("_", " ").capitalize())
+
+
+def _in_sentence(name: str) -> str:
+    """Lower case at the start ("text encoder"); "UNet" and "VAE" stay as they are."""
+    return name if name[:2].isupper() else name[:1].lower() + name[1:]
 
 
 def verdict(c: Comparison, unit: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from sdcompress.errors import InputError
 from sdcompress.report import charts, write_report
 from sdcompress.report.page import Pair, amount, headline, percent, size, verdict
+from sdcompress.results import Check
 from tests.sample_run import ROUNDS, comparison, make_run, sample_plan, sample_results
 
 FASTER = tuple(0.7 * x for x in ROUNDS)
@@ -99,6 +100,11 @@ def test_the_headline_names_the_sparsities() -> None:
     assert "Nothing has been measured" in text
 
 
+def test_the_headline_begins_with_a_failed_check() -> None:
+    checks = [Check(name="zeros", passed=False, detail=""), Check(name="x", passed=True, detail="")]
+    assert headline(None, None, (), None, checks)[0].startswith("Verification failed: zeros.")
+
+
 def test_the_headline_speaks_of_the_pictures() -> None:
     def pair(psnr: float | None) -> Pair:
         return Pair("p", 0, "", "", (64, 64), psnr)
@@ -155,6 +161,15 @@ def test_a_failed_control_is_said_loudly(tmp_path: Path) -> None:
     make_run(tmp_path, sample_results(control=SLOWER))
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "Do not trust these figures" in text
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.1, False), (None, False), (5.0, True)])
+def test_a_busy_machine_is_said(tmp_path: Path, load: float | None, said: bool) -> None:
+    results = sample_results()
+    environment = results.environment.model_copy(update={"load_before": load})
+    make_run(tmp_path, results.model_copy(update={"environment": environment}))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert ("The machine was already busy" in text) == said
 
 
 def test_missing_parts_name_the_command_that_makes_them(tmp_path: Path) -> None:
