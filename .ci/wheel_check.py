@@ -75,8 +75,8 @@ def main() -> None:
 
         run(sys.executable, "-m", "venv", work / "venv")
         python = work / "venv/bin/python"
-        run(python, "-m", "pip", "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt",
-            f"{wheel}[cpu]")  # fmt: skip
+        install = (python, "-m", "pip", "install", "--quiet", "--no-compile")
+        run(*install, "-c", ROOT / "constraints.txt", f"{wheel}[cpu]")
         run(python, "-m", "pip", "check")
 
         sdcompress = work / "venv/bin/sdcompress"

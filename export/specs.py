@@ -129,8 +129,9 @@ def make_inputs(
     """Seeded inputs of the right names, types and shapes, for parity checks and measurements.
 
     `height` and `width` are those of the latents. Floats are standard normal, which is what
-    latents and normalised hidden states are; token ids are drawn below the last one, which CLIP
-    uses as the end of the text and which therefore ends every row; the timestep is 500.
+    latents and normalised hidden states are (the decoder's are scaled back); token ids are drawn
+    below the last one, which CLIP uses as the end of the text and which therefore ends every row;
+    the timestep is 500.
     """
     import numpy as np
 

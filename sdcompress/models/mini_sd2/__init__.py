@@ -18,7 +18,7 @@ NATIVE_SIZE = 64
 DEFAULT_STEPS = 20
 """Denoising steps that the reported accuracies were measured with."""
 
-DEFAULT_GUIDANCE = 4.0
+DEFAULT_GUIDANCE = 2.0
 """Guidance scale that the reported accuracies were measured with."""
 
 __all__ = ["DEFAULT_GUIDANCE", "DEFAULT_STEPS", "NATIVE_SIZE", "WEIGHTS"]
