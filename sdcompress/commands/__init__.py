@@ -5,6 +5,7 @@ A command parses, calls one function and prints. `--help` imports neither torch 
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -47,6 +48,8 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """The entry point: errors become one line on stderr and an exit code."""
     debug = "--debug" in sys.argv
+    if not debug:  # libraries' remarks on their own imports are no part of our output
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as e:

@@ -43,8 +43,10 @@ def generate_from_weights(
     import numpy as np
     import torch
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
     check_request(prompts, seeds, steps)
+    disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(
         model,
         torch_dtype=torch.float32,
