@@ -173,7 +173,7 @@ def _job(
     prompts = ["", prompt] if guidance > 1 else [prompt]
     return {
         "engine": str(engine.path.resolve()),
-        "backend": engine.manifest.details["backend"],
+        "details": engine.manifest.details,
         "steps": ddim_steps(engine.path / "scheduler", steps),
         "guidance": guidance,
         "token_ids": tokenize(engine.path, prompts).tolist(),

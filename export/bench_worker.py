@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.backends import Runner, load_backend, open_component
+from export.backends import Runner, load_backend
 from export.specs import COMPONENTS
 from sdcompress.errors import SdcompressError
 
@@ -27,13 +27,15 @@ QUIET = "memory settled"  # as in sdcompress.measure, which is not imported: it 
 def main(job_path: str, result_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
     result: dict[str, Any] = {}
+    details = job["details"]
+    backend = load_backend(details["backend"])
     # Imports the runtime, so that loading is timed without it.
-    if why := load_backend(job["backend"]).available():
+    if why := backend.available():
         raise SdcompressError(why)
     with ExitStack() as stack:
         runners, load = {}, 0.0
         for component in COMPONENTS:
-            runner = open_component(Path(job["engine"]), component)
+            runner = backend.open(Path(job["engine"]), component, details)
             started = time.perf_counter()
             runners[component] = stack.enter_context(runner)
             load += time.perf_counter() - started

@@ -97,8 +97,11 @@ class Backend(Protocol):
             UsageError: an option or a target this backend does not know or cannot serve here.
         """
 
-    def open(self, engine: Path, component: str) -> Runner:
-        """A runner for one component of an engine bundle this backend has built."""
+    def open(self, engine: Path, component: str, details: Mapping[str, Any]) -> Runner:
+        """A runner for one component of an engine bundle this backend has built.
+
+        `details` are the manifest's; the manifest itself, which lists every tensor, is not read.
+        """
 
 
 def names() -> list[str]:
@@ -122,5 +125,5 @@ def open_component(engine: Path, component: str) -> Runner:
     """A runner for one component of any engine bundle, by the backend that built it."""
     from sdcompress.bundle import Bundle
 
-    name = Bundle.open(engine, stages=("engine",)).manifest.details["backend"]
-    return load_backend(str(name)).open(engine, component)
+    details = Bundle.open(engine, stages=("engine",)).manifest.details
+    return load_backend(str(details["backend"])).open(engine, component, details)

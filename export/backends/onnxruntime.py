@@ -118,8 +118,7 @@ class OnnxRuntimeBackend:
             )
         return Bundle.open(out)
 
-    def open(self, engine: Path, component: str) -> Runner:
-        details = Bundle.open(engine, stages=("engine",)).manifest.details
+    def open(self, engine: Path, component: str, details: Mapping[str, Any]) -> Runner:
         if component not in details["components"]:
             raise InputError(
                 f"{engine}: has no component {component!r}, only {', '.join(details['components'])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from sdcompress.commands._common import size
@@ -50,7 +51,7 @@ def measures_table(results: Results) -> Table:
     for name, m in results.measures.items():
         c = m.sparse_to_dense
         ratio = f"{c.ratio:.3f} [{c.low:.3f}, {c.high:.3f}]"
-        dense, sparse = (_quantity(x.p50, m) for x in (m.dense, m.sparse))
+        dense, sparse = (_quantity(median(x.rounds), m) for x in (m.dense, m.sparse))
         table.add_row(name.replace("_", " "), dense, sparse, escape(ratio), c.verdict)
     sizes = [results.engines[twin].bytes for twin in ("dense", "sparse")]
     size_ratio = f"{sizes[1] / sizes[0]:.3f}"
