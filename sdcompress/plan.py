@@ -185,12 +185,19 @@ def _check_rules(
                 f"{component}, rule {i}: {rule.criterion} compares weights within each output row, "
                 "a global threshold compares all; use 'allocation: uniform'"
             )
-        if not any(rule_matches(rule, layer) for layer in candidates):
+        matched = [layer for layer in candidates if rule_matches(rule, layer)]
+        if not matched:
             example = candidates[0].name.removesuffix(".weight") if candidates else "none"
             raise UsageError(
                 f"{component}, rule {i}: {rule.layers!r} matches none of the {len(candidates)} "
                 f"prunable {'layers' if rule.scope == 'all' else rule.scope + ' layers'} "
                 f"(one is called {example!r}); `sdcompress plan` lists them"
+            )
+        problems = [fits(parse_pattern(rule.pattern), layer.shape) for layer in matched]
+        if not rule.keep and all(problems):
+            raise UsageError(
+                f"{component}, rule {i}: {rule.pattern} fits none of the {len(matched)} layers it "
+                f"matches ({matched[0].name}: {problems[0]}); choose another pattern"
             )
 
 

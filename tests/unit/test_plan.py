@@ -102,9 +102,10 @@ def test_a_global_allocation_is_open_until_the_weights_are_read(tiny_sd: Path) -
     [
         ({"layers": "nowhere.*", "sparsity": 0.5}, "rule 1: 'nowhere.*' matches none"),
         ({"layers": "conv_in", "scope": "linear", "sparsity": 0.5}, "matches none"),
+        ({"layers": "conv_in", "pattern": "2:16"}, "4 input channels are not divisible by 16"),
     ],
 )
-def test_a_glob_that_matches_nothing_is_refused(
+def test_a_rule_that_prunes_nothing_is_refused(
     tiny_sd: Path, rule: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
