@@ -17,7 +17,7 @@ EXTRAS_demo := $(RUNTIME)
 EXTRAS_test := $(RUNTIME),optimum,test
 EXTRAS_dev := $(RUNTIME),optimum,test,dev
 
-.PHONY: help demo test lint wheel-check clean
+.PHONY: help demo test lint wheel-check schemas clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test         all tests (GPU and browser tests skip with a reason where there is none)"
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make wheel-check  build the wheel, install it clean, run it"
+	@echo "make schemas      write the JSON Schemas of the code into sdcompress/schemas/"
 	@echo "make clean        remove the environment and what the demo wrote"
 
 demo: $(VENV)/.installed-demo-$(RUNTIME)
@@ -39,6 +40,9 @@ lint: $(VENV)/.installed-dev-$(RUNTIME)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+schemas: $(VENV)/.installed-dev
+	$(BIN)/python -m sdcompress.commands._schemas
 
 wheel-check: $(VENV)/.installed-dev-$(RUNTIME)
 	$(BIN)/python .ci/wheel_check.py

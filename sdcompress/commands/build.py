@@ -53,10 +53,11 @@ def command(
     from sdcompress.bundle import Bundle
 
     watch = Stopwatch()
+    wanted = _parse(options)
     chosen = load_backend(backend)
     source = Bundle.open(onnx, stages=("onnx",))
     with stage_status(f"building with {backend}"):
-        made = chosen.build(source, output, options=_parse(options))
+        made = chosen.build(source, output, options=wanted)
     result = Output(
         bundle=str(output),
         digest=made.digest,
