@@ -41,7 +41,7 @@ lint: $(VENV)/.installed-dev-$(RUNTIME)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-schemas: $(VENV)/.installed-dev
+schemas: $(VENV)/.installed-dev-$(RUNTIME)
 	$(BIN)/python -m sdcompress.commands._schemas
 
 wheel-check: $(VENV)/.installed-dev-$(RUNTIME)

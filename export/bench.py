@@ -62,16 +62,18 @@ def bench(
     budget: float = 1.2,
     timeout: float | None = None,
     command: str = "",
+    recipe: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
     """Measure two engine bundles against each other.
 
     `budget` is about how many seconds one process spends on timed work; slow engines take longer,
-    as everything is timed at least once. `progress(done, total)` counts processes.
+    as everything is timed at least once. `recipe` is a name to show instead of the one in the
+    manifest. `progress(done, total)` counts processes.
 
     Raises:
         UsageError: fewer than 2 rounds, a size that does not fit, or engines that cannot be
-            compared because backend, options or precision differ.
+            compared because model, backend, options or precision differ or they are swapped.
         VerificationError: an engine's files are not those of its manifest.
         SdcompressError: a measuring process failed, was killed, or gave NaN.
     """
@@ -79,6 +81,7 @@ def bench(
         raise UsageError(f"{rounds} rounds give no interval; give at least 2, better 10 or more")
     _check_comparable(dense, sparse)
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    here = environment(load_before)
     jobs = {
         name: {**_job(engine, steps, guidance, height, width, prompt, seed), "name": name}
         for name, engine in (("dense", dense), ("sparse", sparse), ("control", dense))
@@ -93,7 +96,7 @@ def bench(
     manifest = sparse.manifest
     return Results(
         model=manifest.source.id,
-        recipe=(manifest.recipe or {}).get("name"),
+        recipe=recipe or (manifest.recipe or {}).get("name"),
         measures=measures,
         control=_control(measures),
         engines={
@@ -113,7 +116,7 @@ def bench(
             memory=MEMORY,
             command=command,
         ),
-        environment=environment(load_before),
+        environment=here,
         sparsity=account(manifest.plan) if manifest.plan else None,
     )
 
@@ -264,6 +267,23 @@ def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
                 f"the engines differ in {fact} ({a} and {b}), so nothing could be put down to "
                 "sparsity; build both with the same settings"
             )
+    sources = [(x.manifest.source.id, x.manifest.source.revision) for x in (dense, sparse)]
+    if sources[0] != sources[1]:
+        a, b = (f"{name}@{revision}" if revision else name for name, revision in sources)
+        raise UsageError(
+            f"the engines come from different models ({a} and {b}), so nothing could be put down "
+            "to sparsity; build both from the same model"
+        )
+    a, b = (_planned_zeros(x) for x in (dense, sparse))
+    if a > b:
+        raise UsageError(
+            f"{dense.path} is given as the dense engine and has {a:,} zeros planned, "
+            f"{sparse.path} has {b:,}; swap the two"
+        )
+
+
+def _planned_zeros(bundle: Bundle) -> int:
+    return sum(p.zeros or 0 for p in bundle.manifest.plan.layers) if bundle.manifest.plan else 0
 
 
 def _engine(engine: Bundle, answers: Sequence[Mapping[str, Any]]) -> Engine:
@@ -295,6 +315,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, str | int]:
+    """What figures hold for, besides the software: kind of machine, processor, cores."""
+    facts = {"machine": platform.machine(), "processor": _processor()}
+    return {**facts, "cores": os.cpu_count() or 1}
+
+
 def _processor() -> str:
     for line in (_text(Path("/proc/cpuinfo")) or "").splitlines():
         if line.startswith("model name"):
@@ -309,7 +335,10 @@ def _accelerator() -> str | None:
     if not (tool := shutil.which("nvidia-smi")):
         return None
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):  # it hangs where the driver does
+        return None
     return answer.stdout.strip() or None
 
 

@@ -74,7 +74,7 @@ class _Largest(TorchFunctionMode):
 
     def _look(self, where: str, tensor: Tensor) -> None:
         value = float(tensor.abs().max())
-        if not value <= self.value:  # also true of NaN
+        if not (value <= self.value or math.isnan(self.value)):  # true of NaN, which then stays
             self.value, self.where = value, where
 
     def check(self, component: str) -> Check:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.backends import Runner, open_component
 from export.specs import COMPONENTS, component_spec
-from sdcompress.errors import InputError, SdcompressError, UsageError
+from sdcompress.errors import InputError, SdcompressError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +35,9 @@ class Geometry:
     scaling_factor: float
 
     @classmethod
-    def read(cls, engine: Path) -> Geometry:
-        unet, vae = (_config(engine / c / "config.json") for c in ("unet", "vae_decoder"))
+    def read(cls, bundle: Path, vae_name: str = "vae_decoder") -> Geometry:
+        """Of an exported bundle, or with `vae_name="vae"` of a bundle of weights."""
+        unet, vae = (_config(bundle / c / "config.json") for c in ("unet", vae_name))
         scale = 2 ** (len(vae["block_out_channels"]) - 1)
         return cls(
             channels=unet["in_channels"],
@@ -48,13 +49,10 @@ class Geometry:
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """[channels, height, width] of the latents; raises UsageError for sizes that do not fit."""
-        sides = [self.default_size if side is None else side for side in (height, width)]
-        for name, side in zip(("height", "width"), sides, strict=True):
-            if side <= 0 or side % self.multiple:
-                raise UsageError(
-                    f"{name} {side} does not fit this model; give a multiple of {self.multiple}"
-                )
-        return self.channels, sides[0] // self.scale, sides[1] // self.scale
+        from sdcompress.evaluation.images import fitting_size
+
+        height, width = fitting_size(height, width, self.default_size, self.multiple)
+        return self.channels, height // self.scale, width // self.scale
 
 
 @contextmanager

@@ -12,26 +12,47 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from export.backends import load_backend
-from sdcompress.bundle import Bundle, staging, to_json, tool_versions, write_json, write_text
-from sdcompress.errors import InputError, VerificationError
+from export.pipeline import Geometry
+from sdcompress.bundle import (
+    Bundle,
+    locked,
+    staging,
+    to_json,
+    tool_versions,
+    write_json,
+    write_text,
+)
+from sdcompress.catalog import read_catalog
+from sdcompress.errors import InputError, UsageError, VerificationError
+from sdcompress.plan import make_plan
 from sdcompress.recipe import Recipe
+from sdcompress.report import write_report
 from sdcompress.results import Results
 
 STATE = "state.json"
 RESULTS = "results.json"
-VERIFY = "verify.json"
 PAGE = "report.html"
 TWINS = ("dense", "sparse")
+VERIFY = {"dense": "verify-dense.json", "sparse": "verify.json"}
+# In the order of the work. "pruned" belongs to the sparse twin; "bench" needs both.
+STAGES = (
+    "pruned",
+    *(f"{kind}/{twin}" for kind in ("onnx", "verify", "engine", "images") for twin in TWINS),
+    "bench",
+)
 
 Make = Callable[[Bundle, Path], Bundle]
 Announce = Callable[[str, bool], None]  # a stage, and whether it was done before
@@ -49,11 +70,13 @@ class Workspace:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, *, fresh: bool = False) -> Workspace:
-        """Take up an earlier run's directory, or make a new one.
+    @contextmanager
+    def open(cls, path: Path, *, fresh: bool = False) -> Iterator[Workspace]:
+        """Take up an earlier run's directory, or make a new one; nobody else may meanwhile.
 
         Raises:
-            InputError: the path holds something that no run of ours has made.
+            InputError: the path holds something that no run of ours has made, or another run is
+                at work there.
         """
         marker = path / STATE
         foreign = path.exists() and (not path.is_dir() or any(path.glob("[!.]*")))
@@ -61,20 +84,24 @@ class Workspace:
             raise InputError(
                 f"{path}: exists and is not the output of `sdcompress run`; choose another --output"
             )
-        state: dict[str, dict[str, str]] = {}
-        if marker.is_file() and not fresh:
-            try:
-                state = json.loads(marker.read_text())
-            except ValueError as e:
-                raise InputError(f"{marker}: not valid JSON; start over with --fresh") from e
         path.mkdir(parents=True, exist_ok=True)
-        workspace = cls(path, state)
-        workspace._save()
-        return workspace
+        try:
+            with locked(path, wait=False):
+                state = _read_state(marker) if marker.is_file() else {}
+                workspace = cls(path, {} if fresh else state)
+                workspace._save()
+                yield workspace
+        except BlockingIOError as e:
+            raise InputError(f"{path}: another run is at work there; wait for it to end") from e
+
+    def output(self, stage: str) -> Path:
+        """The file or directory a stage makes."""
+        kind, _, twin = stage.partition("/")
+        return self.path / {"verify": VERIFY.get(twin), "bench": RESULTS}.get(kind, stage)  # type: ignore[operator]
 
     def bundle(self, stage: str, key: str, make: Callable[[Path], Bundle]) -> tuple[Bundle, bool]:
         """The bundle of a stage, made now unless it is there; and whether it was there."""
-        target = self.path / stage
+        target = self.output(stage)
         done = self.state.get(stage, {})
         if done.get("key") == key and target.is_dir():
             try:
@@ -84,18 +111,38 @@ class Workspace:
                     return bundle, True
             except (InputError, VerificationError):
                 pass  # damaged since: make it again
+        self._begin(stage)
         bundle = self._timed(stage, lambda: make(target))
         self._finish(stage, key, bundle.digest)
         return bundle, False
 
-    def files(self, stage: str, key: str, make: Callable[[], None], output: Path) -> bool:
+    def files(self, stage: str, key: str, make: Callable[[Path], None]) -> bool:
         """Make a stage's file or directory unless it is there and unchanged."""
+        target = self.output(stage)
         done = self.state.get(stage, {})
-        if done.get("key") == key and output.exists() and done.get("digest") == _digest(output):
+        if done.get("key") == key and target.exists() and done.get("digest") == _digest(target):
             return True
-        self._timed(stage, make)
-        self._finish(stage, key, _digest(output))
+        self._begin(stage)
+        self._timed(stage, lambda: make(target))
+        self._finish(stage, key, _digest(target))
         return False
+
+    def drop(self, stage: str) -> None:
+        """Remove what a stage has made."""
+        target = self.output(stage)
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.unlink(missing_ok=True)
+        if self.state.pop(stage, None):
+            self._save()
+
+    def _begin(self, stage: str) -> None:
+        # What was made from this stage's old output must not outlive it: a later stage may fail,
+        # and a page with yesterday's figures beside today's recipe would lie.
+        (self.path / PAGE).unlink(missing_ok=True)
+        for later in STAGES[STAGES.index(stage) + 1 :]:
+            if later == "bench" or _twin(later) == _twin(stage):
+                self.drop(later)
 
     def _timed(self, stage: str, make: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -108,7 +155,23 @@ class Workspace:
         self._save()
 
     def _save(self) -> None:
-        write_text(self.path / STATE, to_json(self.state))
+        write_json(self.path / STATE, {"sdcompress_run": 1, "stages": self.state})
+
+
+def _read_state(marker: Path) -> dict[str, dict[str, str]]:
+    try:
+        state = json.loads(marker.read_text())
+        if state["sdcompress_run"] == 1:
+            return dict(state["stages"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{marker}: not written by this version of `sdcompress run`; choose another --output"
+    )
+
+
+def _twin(stage: str) -> str:
+    return "dense" if stage.endswith("/dense") else "sparse"
 
 
 def run(
@@ -124,35 +187,44 @@ def run(
 
     Raises:
         UsageError: the recipe does not fit the model or this machine; nothing slow has run yet.
-        VerificationError: the exported model failed a check; `verify.json` holds all of them.
+        VerificationError: an exported model failed a check; its verify file holds all of them.
     """
+    if source.path.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"{source.path}: lies inside the output {out}; choose another --output")
+    load_backend(recipe.engine.backend).check(recipe.engine.options)
+    asked = sampling(recipe, source)
+    Geometry.read(source.path, "vae").latent_shape(asked["height"], asked["width"])
+    make_plan(recipe, read_catalog(source.path))
+    with Workspace.open(out, fresh=fresh) as place:
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        write_text(out / "recipe.yaml", text)
+        engines = _engines(place, source, recipe, announce)
+        _pictures(place, recipe, engines, asked, announce)
+        _bench(place, recipe, engines, asked, command, announce)
+        write_json(out / "log.json", {"seconds": place.seconds, "command": command})
+        page = write_report(out)
+        announce("report", False)
+    return page
+
+
+def _engines(
+    place: Workspace, source: Bundle, recipe: Recipe, announce: Announce
+) -> dict[str, Bundle]:
+    """Prune, export, verify and build: the engines of both twins."""
     from export.to_onnx import export_bundle
-    from sdcompress.catalog import read_catalog
-    from sdcompress.plan import make_plan
-    from sdcompress.prune import prune
-    from sdcompress.report import write_report
+    from sdcompress.prune import DECIDES, prune
 
     backend = load_backend(recipe.engine.backend)
-    if problem := backend.available():
-        raise InputError(f"backend {recipe.engine.backend} does not run here: {problem}")
-    make_plan(recipe, read_catalog(source.path))
-    place = Workspace.open(out, fresh=fresh)
-    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    dtype, options = recipe.export.dtype, dict(recipe.engine.options)
 
-    def bundle(
-        stage: str, settings: Any, make: Callable[[Path], Bundle], *inputs: Bundle
-    ) -> Bundle:
-        made, done = place.bundle(stage, _key(stage, settings, *inputs), make)
+    def bundle(stage: str, settings: Any, make: Make, parent: Bundle) -> Bundle:
+        key = _key(stage, settings, parent)
+        made, done = place.bundle(stage, key, partial(make, parent))
         announce(stage, done)
         return made
 
-    pruned = bundle(
-        "pruned",
-        {"prune": recipe.model_dump(mode="json")["prune"], "seed": recipe.seed},
-        lambda path: prune(source, recipe, path, replace=True),
-        source,
-    )
-    dtype, options = recipe.export.dtype, dict(recipe.engine.options)
+    def both(kind: str, settings: Any, make: Make, of: Mapping[str, Bundle]) -> dict[str, Bundle]:
+        return {twin: bundle(f"{kind}/{twin}", settings, make, of[twin]) for twin in TWINS}
 
     def export(weights: Bundle, path: Path) -> Bundle:
         return export_bundle(weights, path, dtype=dtype, replace=True)
@@ -160,89 +232,83 @@ def run(
     def build(onnx: Bundle, path: Path) -> Bundle:
         return backend.build(onnx, path, options=options, replace=True)
 
-    def both(stage: str, settings: Any, make: Make, of: Mapping[str, Bundle]) -> dict[str, Bundle]:
-        return {
-            twin: bundle(f"{stage}/{twin}", settings, partial(make, of[twin]), of[twin])
-            for twin in TWINS
-        }
-
-    onnx = both("onnx", {"dtype": dtype}, export, {"dense": source, "sparse": pruned})
-    _verify(place, onnx["sparse"], pruned, announce)
-    engine_settings = {"backend": recipe.engine.backend, "options": options}
-    engines = both("engine", engine_settings, build, onnx)
-    _pictures(place, recipe, engines, source, announce)
-    _bench(place, recipe, engines, source, command, announce)
-    write_json(out / "log.json", {"seconds": place.seconds, "command": command})
-    page = write_report(out)
-    announce("report", False)
-    return page
+    pruned = bundle(
+        "pruned",
+        recipe.model_dump(mode="json", include=DECIDES),
+        lambda parent, path: prune(parent, recipe, path, replace=True),
+        source,
+    )
+    weights = {"dense": source, "sparse": pruned}
+    onnx = both("onnx", {"dtype": dtype}, export, weights)
+    for twin in TWINS:
+        _verify(place, twin, onnx[twin], weights[twin], announce)
+    settings = {"backend": recipe.engine.backend, "options": options, "runtime": runtimes()}
+    return both("engine", settings, build, onnx)
 
 
-def _verify(place: Workspace, onnx: Bundle, pruned: Bundle, announce: Announce) -> None:
+def _verify(place: Workspace, twin: str, onnx: Bundle, weights: Bundle, announce: Announce) -> None:
     from export.verify import verify_bundle
 
-    target = place.path / VERIFY
-
-    def make() -> None:
-        report = verify_bundle(onnx.path, against=pruned.path)
+    def make(target: Path) -> None:
+        # A source has no manifest on disk to compare with; its digests are in the export's.
+        against = weights.path if weights.manifest.stage != "source" else None
+        report = verify_bundle(onnx.path, against=against)
         write_text(target, report.model_dump_json(indent=1) + "\n")
         if not report.passed:
             failed = next(c for c in report.checks if not c.passed)
             raise VerificationError(f"{onnx.path}: {failed.name} failed: {failed.detail}")
 
-    announce("verify", place.files("verify", _key("verify", {}, onnx, pruned), make, target))
+    stage = f"verify/{twin}"
+    announce(stage, place.files(stage, _key(stage, runtimes(), onnx, weights), make))
 
 
 def _pictures(
-    place: Workspace, recipe: Recipe, engines: dict[str, Bundle], source: Bundle, announce: Announce
+    place: Workspace,
+    recipe: Recipe,
+    engines: Mapping[str, Bundle],
+    settings: dict[str, Any],
+    announce: Announce,
 ) -> None:
     from export.pipeline import generate
     from sdcompress.evaluation.images import save
 
     prompts = recipe.pictures.prompts
-    if not prompts:
-        return
-    settings = sampling(recipe, source)
     seeds = [recipe.pictures.seed + i for i in range(len(prompts))]
-    asked = {"prompts": list(prompts), "seeds": seeds, **settings}
-    for twin in TWINS:
+    asked = {"prompts": list(prompts), "seeds": seeds, "runtime": runtimes(), **settings}
+    for twin, engine in engines.items():
         stage = f"images/{twin}"
-        engine = engines[twin]
+        if not prompts:
+            place.drop(stage)
+            continue
 
-        def make(engine: Bundle = engine, target: Path = place.path / stage) -> None:
+        def make(target: Path, engine: Bundle = engine) -> None:
             pictures = generate(engine.path, prompts, seeds, **settings)
             with staging(target, replace=True) as work:
                 save(pictures, work, prompts, seeds, **settings)
 
-        done = place.files(stage, _key(stage, asked, engine), make, place.path / stage)
-        announce(stage, done)
+        announce(stage, place.files(stage, _key(stage, asked, engine), make))
 
 
 def _bench(
     place: Workspace,
     recipe: Recipe,
-    engines: dict[str, Bundle],
-    source: Bundle,
+    engines: Mapping[str, Bundle],
+    sampling: dict[str, Any],
     command: str,
     announce: Announce,
 ) -> None:
-    from export.bench import bench
+    from export.bench import bench, machine
 
-    target = place.path / RESULTS
-    settings = {
-        **sampling(recipe, source),
-        "rounds": recipe.bench.rounds,
-        "budget": recipe.bench.budget,
-    }
+    settings = {**sampling, "rounds": recipe.bench.rounds, "budget": recipe.bench.budget}
     if recipe.pictures.prompts:
         settings["prompt"] = recipe.pictures.prompts[0]
 
-    def make() -> None:
+    def make(target: Path) -> None:
         results: Results = bench(engines["dense"], engines["sparse"], command=command, **settings)
         write_text(target, results.model_dump_json(indent=1) + "\n")
 
-    key = _key("bench", settings, engines["dense"], engines["sparse"])
-    announce("bench", place.files("bench", key, make, target))
+    where = {"settings": settings, "runtime": runtimes(), "machine": machine()}
+    announce("bench", place.files("bench", _key("bench", where, *engines.values()), make))
 
 
 def sampling(recipe: Recipe, source: Bundle) -> dict[str, Any]:
@@ -251,6 +317,15 @@ def sampling(recipe: Recipe, source: Bundle) -> dict[str, Any]:
 
     asked = recipe.sampling.model_dump(exclude_none=True)
     return {**sampling_defaults(source.manifest.source), **asked}
+
+
+def runtimes() -> dict[str, str]:
+    """The installed runtimes that engines are built and run with, and their versions."""
+    found = {}
+    for package in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def command_line(argv: list[str]) -> str:

@@ -42,7 +42,7 @@ from sdcompress.bundle import (
     FileRecord,
     Manifest,
     TensorRecord,
-    link_or_copy,
+    carry_over,
     seal,
     staging,
     tool_versions,
@@ -165,7 +165,7 @@ def _carry_over(source: Bundle, components: Sequence[str], work: Path) -> dict[s
     for name, target in targets.items():
         if name not in source.manifest.files:
             raise InputError(f"{source.path}: expected {name}, found none; make the model again")
-        link_or_copy(source.path / name, work / target)
+        carry_over(source, name, work / target)
         records[target] = source.manifest.files[name]
     return records
 

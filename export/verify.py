@@ -18,18 +18,20 @@ from pathlib import Path
 
 import onnx
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from export.graph import Graph, external, open_graphs, record_dtype
 from export.parity import check_parity
 from export.specs import canonical_key, unused_key
 from export.to_onnx import MODEL, RECORD_DTYPES, wrong_product_dtypes
-from sdcompress.bundle import Bundle
+from sdcompress.bundle import Bundle, Manifest
 from sdcompress.catalog import read_catalog
 from sdcompress.errors import VerificationError
 from sdcompress.patterns import parse_pattern, violations
-from sdcompress.plan import LayerPlan
+from sdcompress.plan import LayerPlan, shortfalls
 from sdcompress.prune import record_tensor
+from sdcompress.recipe import Recipe
 from sdcompress.results import Check, VerifyReport
 from sdcompress.safetensors_io import read_tensor
 
@@ -147,10 +149,23 @@ def _tensors(bundle: Bundle, graphs: list[Graph]) -> list[Check]:
         good = f"{count['zeros']:,} zeros in {len(plans)} tensors, in number and place as planned"
         grouped = f"{count['N:M']} tensors hold their N:M pattern along the reduction axis"
         checks += [
+            _request(manifest),
             _result("zeros", wrong["zeros"], good),
             _result("pattern", wrong["pattern"], grouped),
         ]
     return checks
+
+
+def _request(manifest: Manifest) -> Check:
+    """The plan itself does what the recipe asks; `zeros` then holds the files against the plan."""
+    assert manifest.plan is not None
+    if manifest.recipe is None:
+        return Check(name="request", passed=False, detail="the manifest has a plan and no recipe")
+    try:
+        short = shortfalls(manifest.plan, Recipe.model_validate(manifest.recipe))
+    except (ValidationError, KeyError, IndexError):
+        return Check(name="request", passed=False, detail="recipe and plan do not fit each other")
+    return _result("request", short, "the plan has all the zeros the recipe asks for")
 
 
 def _planned(bundle: Bundle, graphs: list[Graph]) -> dict[tuple[str, str], LayerPlan]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from export.specs import NUMPY_DTYPES, DTypeName
+from export.specs import DTypeName
 from sdcompress.bundle import write_json
 from sdcompress.errors import InputError
 
@@ -62,10 +62,6 @@ class WeightMap(BaseModel):
     dtype: DTypeName
     opset: int
     initializers: dict[str, Entry]
-
-    @property
-    def numpy_dtype(self) -> str:
-        return NUMPY_DTYPES[self.dtype]
 
     def by_key(self) -> dict[str, list[Entry]]:
         """key → its entries, in file order."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -170,23 +171,23 @@ def staging(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         InputError: `target` exists and `replace` is not given, or cannot be created.
     """
-    target = Path(os.path.abspath(target))
+    target = target.resolve()  # where a link points, so that the link stays one
     if target.exists() and not replace:
-        raise InputError(f"{target}: already exists; choose another --output or remove it")
+        raise _taken(target)
     prefix = f".{target.name}.partial-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target.parent, prefix)
-        work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        with locked(target.parent):
+            _remove_abandoned(target.parent, prefix)
+            work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            lock = _lock(work)
     except OSError as e:
         raise InputError(f"{target}: cannot be created ({e.strerror}); check the path") from e
-    lock = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         work.chmod(0o755)  # mkdtemp's 0700 is for secrets
         yield work
         _sync_tree(work)
-        _move_into_place(work, target)
+        _move_into_place(work, target, replace)
     finally:
         os.close(lock)
         shutil.rmtree(work, ignore_errors=True)
@@ -265,18 +266,34 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def carry_over(source: Bundle, name: str, target: Path) -> None:
+    """Take over an unchanged file: weights are linked between bundles, all else is copied.
+
+    Small files get edited in place, and that must not reach another bundle. A model directory, a
+    hub cache and the installed package belong to others: nothing of theirs is ever linked.
+    """
+    if source.manifest.stage != "source" and name.endswith(".safetensors"):
+        link_or_copy(source.path / name, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source.path / name, target)
+
+
 def link_files(source: Bundle, target: Path) -> dict[str, FileRecord]:
-    """Link the files of `source` that are not yet in `target`; returns their records for `seal`."""
+    """Carry over what is not yet in `target`; returns the records of those files for `seal`."""
     linked = {n: r for n, r in source.manifest.files.items() if not (target / n).exists()}
     for name in linked:
-        link_or_copy(source.path / name, target / name)
+        carry_over(source, name, target / name)
     return linked
+
+
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
 def tool_versions() -> dict[str, str]:
     """The versions that decide the bytes a stage writes."""
     found = {"sdcompress": __version__}
-    for package in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy"):
+    for package in _TOOLS:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -292,16 +309,39 @@ def _relative_files(directory: Path) -> Iterator[str]:
             yield relative.as_posix()
 
 
+def _taken(target: Path) -> InputError:
+    return InputError(f"{target}: already exists; choose another --output or remove it")
+
+
+def _lock(directory: Path, *, wait: bool = True) -> int:
+    """An open descriptor that holds the directory's lock until it is closed.
+
+    Raises:
+        BlockingIOError: somebody else holds it and `wait` is not set.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
+    descriptor = _lock(directory, wait=wait)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for left in parent.glob(f"{prefix}*"):
-        fd = os.open(left, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(fd)
-        shutil.rmtree(left, ignore_errors=True)
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        # Busy: its owner lives. Gone: its owner has just moved it into place.
+        with suppress(BlockingIOError, FileNotFoundError), locked(left, wait=False):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync_tree(directory: Path) -> None:
@@ -317,9 +357,14 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def _move_into_place(work: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(work, target)
+def _move_into_place(work: Path, target: Path, replace: bool) -> None:
+    if not (replace and target.exists()):
+        try:
+            os.rename(work, target)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise _taken(target) from e  # somebody else was faster
         return
     # Swap the two names in one step; `work` then holds the old bundle and is removed.
     libc = ctypes.CDLL(None, use_errno=True)

@@ -75,29 +75,42 @@ def weight_files(component: Path) -> list[Path]:
     """The safetensors files of one component, shards in order.
 
     Raises:
-        InputError: there are none, or the index names a shard that is missing.
+        InputError: there are none, or the index names no shard or one that is missing.
     """
-    indices = sorted(component.glob("*.safetensors.index*.json"))
-    if indices:
-        try:
-            names = set(json.loads(indices[0].read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(
-                f"{indices[0]}: not a valid index of shards; download the model again"
-            ) from e
-        files = [component / Path(n).name for n in sorted(names)]
-        if missing := [f.name for f in files if not f.is_file()]:
-            raise InputError(f"{component}: the index names {missing[0]}, which is missing")
-        return files
-    for name in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
+    file = weights_or_index(component)
+    return _shards(file) if file.suffix == ".json" else [file]
+
+
+def weights_or_index(component: Path) -> Path:
+    """The index of shards or the single file; those of a variant only where there are no plain ones.
+
+    Raises:
+        InputError: there is neither.
+    """
+    for variant in ("", ".fp16"):
+        for index in sorted(component.glob(f"*.safetensors.index{variant}.json")):
+            return index
+        for name in ("diffusion_pytorch_model", "model"):
             if (file := component / f"{name}{variant}.safetensors").is_file():
-                return [file]
+                return file
     found = ", ".join(sorted(p.name for p in component.glob("*"))) or "nothing"
     raise InputError(
         f"{component}: expected safetensors weights, found {found}; convert the model with "
         "`pipeline.save_pretrained(DIR, safe_serialization=True)`"
     )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [index.parent / Path(n).name for n in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{index}: not a valid index of shards; download the model again") from e
+    if not files:
+        raise InputError(f"{index}: names no shards; download the model again")
+    if missing := [f.name for f in files if not f.is_file()]:
+        raise InputError(f"{index.parent}: the index names {missing[0]}, which is missing")
+    return files
 
 
 CARRIED = ("README*", "LICEN[CS]E*", "NOTICE*", "MODEL_CARD*")

@@ -161,11 +161,21 @@ class PeakMemory:
 
 QUIET = "memory settled"
 
+# `python -m` would look for modules first where the user stands, and find their random.py. Our own
+# folder comes last: it is needed only where the packages are run without being installed.
+_START = """\
+import sys
+sys.path[:] = [*filter(None, sys.path), sys.argv[1]]
+import runpy
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
 
 def run_worker(
     module: str, job: Mapping[str, Any], *, timeout: float | None = None
 ) -> dict[str, Any]:
-    """Run `python -m module JOB.json RESULT.json` in a fresh process; return what it wrote.
+    """Run a module with JOB.json and RESULT.json in a fresh process; return what it wrote.
 
     Adds `peak_anonymous_bytes` and `process_seconds` to the worker's own answer. Memory is sampled
     until the worker prints the line `QUIET` (from then on it only repeats what it has done), so
@@ -178,7 +188,8 @@ def run_worker(
         job_path, result_path = Path(scratch, "job.json"), Path(scratch, "result.json")
         errors_path = Path(scratch, "stderr.txt")
         job_path.write_text(json.dumps(job))
-        command = [sys.executable, "-m", module, str(job_path), str(result_path)]
+        home = str(Path(__file__).parents[1])
+        command = [sys.executable, "-c", _START, home, module, str(job_path), str(result_path)]
         started = time.perf_counter()
         with (
             errors_path.open("wb") as errors,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from sdcompress.criteria import DATA_FREE, load_criterion
 from sdcompress.errors import UsageError
 from sdcompress.patterns import (
     REDUCTION_AXIS,
@@ -111,8 +113,6 @@ def make_plan(recipe: Recipe, catalog: Catalog) -> SparsityPlan:
     Raises:
         UsageError: a rule names a component the model lacks or matches no layer.
     """
-    from sdcompress.criteria import load_criterion
-
     plans: list[LayerPlan] = []
     for component in catalog.components:
         layers = catalog.of(component)
@@ -185,6 +185,11 @@ def _check_rules(
                 f"{component}, rule {i}: {rule.criterion} compares weights within each output row, "
                 "a global threshold compares all; use 'allocation: uniform'"
             )
+        if missing := load_criterion(rule.criterion).needs - DATA_FREE:
+            raise UsageError(
+                f"{component}, rule {i}: {rule.criterion} needs {_names(missing)}, which nothing "
+                f"collects yet; use a criterion that needs no more than {_names(DATA_FREE)}"
+            )
         matched = [layer for layer in candidates if rule_matches(rule, layer)]
         if not matched:
             example = candidates[0].name.removesuffix(".weight") if candidates else "none"
@@ -199,6 +204,37 @@ def _check_rules(
                 f"{component}, rule {i}: {rule.pattern} fits none of the {len(matched)} layers it "
                 f"matches ({matched[0].name}: {problems[0]}); choose another pattern"
             )
+
+
+def shortfalls(plan: SparsityPlan, recipe: Recipe) -> list[str]:
+    """Where a resolved plan has fewer zeros than the recipe asks for; empty if nowhere.
+
+    Counted anew from the request: the resolved figures are what is being checked. Layers under a
+    shared allocation answer for their rule's total.
+    """
+    short: list[str] = []
+    by_rule: dict[tuple[str, int], list[LayerPlan]] = defaultdict(list)
+    for layer in plan.layers:
+        if layer.pruned and layer.rule is not None:
+            by_rule[layer.component, layer.rule].append(layer)
+    for (component, index), layers in by_rule.items():
+        rule = recipe.prune[component].rules[index]
+        pattern = parse_pattern(rule.pattern)
+        asked = rule.sparsity if pattern.sparsity is None else pattern.sparsity
+        assert asked is not None
+        if pattern.sparsity is None and recipe.prune[component].allocation != "uniform":
+            wanted = zeros_for(asked, sum(p.numel for p in layers))
+            found = sum(p.zeros or 0 for p in layers)
+            if found < wanted:
+                short.append(f"{component}, rule {index + 1} ({found:,} zeros, asked {wanted:,})")
+            continue
+        compare = load_criterion(rule.criterion).compare
+        for layer in layers:
+            wanted = planned_zeros(pattern, layer.shape, asked, compare)
+            if (layer.zeros or 0) < wanted:
+                found = layer.zeros or 0
+                short.append(f"{component}/{layer.name} ({found:,} zeros, asked {wanted:,})")
+    return short
 
 
 def _skip(layer: Layer, reason: str, rule: int | None = None) -> LayerPlan:

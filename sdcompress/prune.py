@@ -28,15 +28,16 @@ from sdcompress.bundle import (
 )
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.criteria import Criterion, LayerStats, load_criterion
-from sdcompress.errors import InputError
+from sdcompress.errors import InputError, SdcompressError
 from sdcompress.patterns import UNSTRUCTURED, Threshold, keep_mask, parse_pattern
-from sdcompress.plan import LayerPlan, SparsityPlan, make_plan
+from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
 from sdcompress.recipe import Recipe
 from sdcompress.safetensors_io import Header, StreamWriter, TensorInfo, raw_bytes, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DECIDES = {"name", "seed", "prune"}  # the parts of a recipe that a pruned bundle depends on
 Progress = Callable[[str, int], None]  # what, how many bytes of weights were done
 
 
@@ -67,7 +68,7 @@ def prune(
             stage="pruned",
             parent=source.digest,
             source=source.manifest.source,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe.model_dump(mode="json", include=DECIDES),
             tools=tool_versions(),
             plan=resolved,
             tensors=tensors,
@@ -107,7 +108,10 @@ def _write_pruned(
                     record = record_tensor(weight, info.dtype, pruned=info.name in planned)
                     tensors[component][info.name] = record
                     progress(f"pruning {component}", info.nbytes)
-    return plan.model_copy(update={"layers": tuple(layers.values())}), dict(tensors)
+    resolved = plan.model_copy(update={"layers": tuple(layers.values())})
+    if short := shortfalls(resolved, recipe):
+        raise SdcompressError(f"{short[0]}; the masks do not do what was asked, please report this")
+    return resolved, dict(tensors)
 
 
 def _is_pruned(layer: LayerPlan | None) -> bool:

@@ -153,13 +153,6 @@ class Results(_Record):
     environment: Environment
     sparsity: Accounting | None = None
 
-    @property
-    def latency(self) -> dict[str, Measure]:
-        return {name: m for name, m in self.measures.items() if m.unit == "ms"}
-
-    def write(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
     @classmethod
     def read(cls, path: Path) -> Results:
         """Raises InputError where the file is missing or is not a results.json of this version."""

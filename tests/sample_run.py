@@ -157,5 +157,5 @@ def make_run(
     checks = [{"name": "zeros", "passed": True, "detail": "4 tensors, every position"}]
     (directory / "verify.json").write_text(json.dumps({"checks": checks}))
     if results:
-        results.write(directory / "results.json")
+        (directory / "results.json").write_text(results.model_dump_json())
     return directory

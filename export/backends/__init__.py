@@ -79,6 +79,14 @@ class Backend(Protocol):
     def available(self) -> str | None:
         """None if it runs here; else one sentence that says why not and how to change that."""
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Find out before any slow work whether `build` can succeed here with these options.
+
+        Raises:
+            UsageError: it cannot: the backend does not run here, or an option is not known or
+                asks for what is not here.
+        """
+
     def build(
         self,
         source: Bundle,

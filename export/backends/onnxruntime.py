@@ -68,6 +68,12 @@ class OnnxRuntimeBackend:
             )
         return None
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        chosen = _options(options)
+        if why := self.available():
+            raise UsageError(why)
+        _providers(chosen)
+
     def build(
         self,
         source: Bundle,
@@ -260,29 +266,35 @@ def _provider_that_loads(models: list[Path], options: Options) -> str:
     A graph that cannot be loaded fails here, and not when somebody waits for a picture. Providers
     are listed even where their libraries are missing, so only a session shows what really runs.
     """
-    import onnxruntime as ort
-
-    here = ort.get_available_providers()
-    auto = options.provider == "auto"
-    wanted = [PROVIDERS[options.provider]] if not auto else [p for p in BEST if p in here]
+    wanted = _providers(options)
     # The engine's cache is keyed by a bundle that does not exist yet.
     trial = options.model_copy(update={"trt_engine_cache": False})
     for provider in wanted:
-        if provider not in here:
-            raise UsageError(
-                f"provider {options.provider!r} is not in this onnxruntime ({', '.join(here)}); "
-                "pip install 'sdcompress[gpu]' in place of onnxruntime, or set provider: cpu"
-            )
         try:
             for model in models:
                 with OnnxRuntimeRunner(model, trial, provider):
                     pass
         except UsageError:
-            if not auto or provider == wanted[-1]:
+            if provider == wanted[-1]:
                 raise
         else:
             return provider
     raise AssertionError("the CPU provider is always there")
+
+
+def _providers(options: Options) -> list[str]:
+    """What `options` allow and this onnxruntime has, best first; UsageError if nothing is left."""
+    import onnxruntime as ort
+
+    here = ort.get_available_providers()
+    if options.provider == "auto":
+        return [p for p in BEST if p in here]
+    if (asked := PROVIDERS[options.provider]) not in here:
+        raise UsageError(
+            f"provider {options.provider!r} is not in this onnxruntime ({', '.join(here)}); "
+            "pip install 'sdcompress[gpu]' in place of onnxruntime, or set provider: cpu"
+        )
+    return [asked]
 
 
 def _sparse_kernels(provider: str, options: Options, source: Bundle) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A command parses, calls one function and prints. `--help` imports neither torch 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -58,30 +59,41 @@ def main() -> None:
         e.show()
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; the same command goes on from the last finished stage", 130)
+        _fail(_interrupted(sys.argv[1:]), 130)
     except SdcompressError as e:
         if debug:
             raise
         _fail(str(e), e.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
-        sys.exit(141)
     except Exception as e:
         if debug:
             raise
         _fail(_unexpected(e), 1)
 
 
+def _interrupted(arguments: list[str]) -> str:
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    more = "; the same command goes on from the last finished stage" if command == "run" else ""
+    return f"interrupted; nothing was half-written{more}"
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
 def _unexpected(error: BaseException) -> str:
     cause: BaseException | None = error
+    stated = True  # and not merely an error that was being handled, which mostly is no reason
     while cause:  # libraries wrap the system's answer in errors of their own
         if isinstance(cause, OSError) and cause.strerror:
             place = f"{cause.filename}: " if cause.filename else ""
-            fix = "free some space or check the path, nothing was half-written"
-            return f"{place}{cause.strerror}; {fix}"
+            if cause.errno in _NO_SPACE:
+                return f"{place}{cause.strerror}; free some space"
+            if stated:
+                return f"{place}{cause.strerror}; check the path and its permissions"
         if isinstance(cause, MemoryError):
             return "out of memory; close other programs or use a smaller model"
-        cause = cause.__cause__ or cause.__context__
+        stated = stated and cause.__cause__ is not None
+        hidden = None if cause.__suppress_context__ else cause.__context__
+        cause = cause.__cause__ or hidden
     text = " ".join(str(error).split()) or "no message"
     return (
         f"{type(error).__name__}: {text:.300}; this is a bug or a broken file, --debug shows where"

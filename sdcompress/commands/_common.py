@@ -53,10 +53,10 @@ def model_options(f: F) -> F:
 def open_model(model: str, **how: Any) -> Bundle:
     """A model source, or an existing bundle of weights, as a bundle."""
     from sdcompress.bundle import MANIFEST, Bundle
-    from sdcompress.models.sources import resolve
+    from sdcompress.models.sources import MINI_SD2, resolve
 
-    path = Path(model)
-    if (path / MANIFEST).is_file() and not how.get("loras"):
+    path = Path(model).expanduser()
+    if model != MINI_SD2 and (path / MANIFEST).is_file() and not how.get("loras"):
         bundle = Bundle.open(path, stages=("source", "pruned", "tuned"))
         bundle.check_files()
         return bundle
@@ -78,8 +78,10 @@ def emit(document: BaseModel, as_json: bool, show: Callable[[Console], None]) ->
     if as_json:
         click.echo(document.model_dump_json(indent=1))
     else:
-        # A pipe has no width of its own, and nobody wants names cut short in a file.
-        show(Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+        # A pipe has no width of its own, and nobody wants names cut short in a file. Without markup
+        # names and messages may hold [brackets]; what has a colour is printed as rich's Text.
+        width = None if sys.stdout.isatty() else 160
+        show(Console(highlight=False, markup=False, width=width))
 
 
 def _progress(*columns: ProgressColumn) -> Progress:

@@ -40,7 +40,6 @@ def accounting_table(accounting: Accounting) -> Table:
 def measures_table(results: Results) -> Table:
     """Dense against sparse: medians, the ratio with its interval, and what that says."""
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
 
     s = results.setup
@@ -52,7 +51,7 @@ def measures_table(results: Results) -> Table:
         c = m.sparse_to_dense
         ratio = f"{c.ratio:.3f} [{c.low:.3f}, {c.high:.3f}]"
         dense, sparse = (_quantity(median(x.rounds), m) for x in (m.dense, m.sparse))
-        table.add_row(name.replace("_", " "), dense, sparse, escape(ratio), c.verdict)
+        table.add_row(name.replace("_", " "), dense, sparse, ratio, c.verdict)
     sizes = [results.engines[twin].bytes for twin in ("dense", "sparse")]
     size_ratio = f"{sizes[1] / sizes[0]:.3f}"
     table.add_row("engine files", size(sizes[0]), size(sizes[1]), size_ratio, "")

@@ -61,6 +61,10 @@ def command(
 
     if output.exists():
         raise UsageError(f"{output}: already exists; choose another --output or remove it")
+    if not output.parent.is_dir():
+        raise UsageError(
+            f"{output.parent}: no such directory; create it or choose another --output"
+        )
     dense_engine, sparse_engine = (Bundle.open(p, stages=("engine",)) for p in (dense, sparse))
     asked = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     defaults = sampling_defaults(dense_engine.manifest.source)

@@ -72,7 +72,7 @@ def command(
         result,
         as_json,
         lambda console: console.print(
-            f"[bold]{output}[/] in {result.seconds:.0f} s; "
+            f"{output} in {result.seconds:.0f} s; "
             f"{used} of {kernels.of} layers use sparse kernels ({kernels.how})"
         ),
     )
@@ -86,5 +86,11 @@ def _parse(options: tuple[str, ...]) -> dict[str, object]:
         key, equals, value = option.partition("=")
         if not equals:
             raise click.BadParameter(f"expected KEY=VALUE, found {option!r}", param_hint="--option")
-        parsed[key] = yaml.safe_load(value)
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise click.BadParameter(
+                f"expected a word, a number or a YAML value after {key}=, found {value!r}",
+                param_hint="--option",
+            ) from e
     return parsed

@@ -125,9 +125,9 @@ def _disk() -> Finding:
 
 
 def _show(console: Console, output: Output) -> None:
+    from rich.text import Text
+
     for f in output.findings:
-        mark = "[green]✓[/]" if f.ok else "[yellow]–[/]"
-        console.print(
-            f"{mark} {f.name}: {f.state}" + (f"  ({f.fix})" if f.fix else ""), markup=True
-        )
+        mark = Text("✓", "green") if f.ok else Text("–", "yellow")
+        console.print(mark, f"{f.name}: {f.state}" + (f"  ({f.fix})" if f.fix else ""))
     console.print("The demo can run here." if output.ok else "The demo cannot run here yet.")

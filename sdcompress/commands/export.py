@@ -84,6 +84,6 @@ def command(
     def show(console: Console) -> None:
         for component, nbytes in result.bytes.items():
             console.print(f"{component}: {size(nbytes)} {dtype}")
-        console.print(f"[bold]{output}[/] in {result.seconds:.0f} s")
+        console.print(f"{output} in {result.seconds:.0f} s")
 
     emit(result, as_json, show)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sdcompress.commands._common import (
     counted_progress,
     emit,
     json_option,
+    model_options,
     open_model,
     output_option,
 )
@@ -34,6 +36,7 @@ class Output(BaseModel):
 @click.option("--guidance", type=float)
 @click.option("--height", type=click.IntRange(min=8), help="Pixels.")
 @click.option("--width", type=click.IntRange(min=8), help="Pixels.")
+@model_options
 @json_option
 def command(
     bundle: str,
@@ -45,6 +48,7 @@ def command(
     height: int | None,
     width: int | None,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Make pictures with BUNDLE: an engine, a bundle of weights or any model source.
 
@@ -55,14 +59,15 @@ def command(
       sdcompress generate mini-sd2 --prompt "a small blue square on a grey background" -o pictures
     """
     from sdcompress.bundle import staging
-    from sdcompress.evaluation.images import save
+    from sdcompress.evaluation.images import check_request, save
     from sdcompress.models.defaults import sampling_defaults
 
-    make, source = _maker(bundle)
+    seeds = [seed + i for i in range(len(prompts))]
+    check_request(prompts, seeds, 1 if steps is None else steps)
+    make, source = _maker(bundle, how)
     asked = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     defaults = sampling_defaults(source.manifest.source)
     settings: dict[str, Any] = {k: defaults[k] if v is None else v for k, v in asked.items()}
-    seeds = [seed + i for i in range(len(prompts))]
     with staging(output) as work, counted_progress("making pictures") as progress:
         pictures = make(source.path, prompts, seeds, progress=progress, **settings)
         save(pictures, work, prompts, seeds, **settings)
@@ -71,7 +76,7 @@ def command(
     emit(result, as_json, lambda console: console.print("\n".join(files)))
 
 
-def _maker(bundle: str) -> Any:
+def _maker(bundle: str, how: Mapping[str, Any]) -> Any:
     """The function that makes pictures from this bundle, and the opened bundle."""
     from sdcompress.bundle import MANIFEST, Bundle
 
@@ -84,4 +89,4 @@ def _maker(bundle: str) -> Any:
             return generate, opened
     from sdcompress.evaluation.images import generate_from_weights
 
-    return generate_from_weights, open_model(bundle)
+    return generate_from_weights, open_model(bundle, **how)

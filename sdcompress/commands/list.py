@@ -79,9 +79,10 @@ def _items(kind: str) -> list[Item]:
 
 def _show(console: Console, output: Output) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for item in output.items:
-        state = "" if item.problem is None else f"[yellow]not here: {item.problem}[/]"
-        table.add_row(f"[bold]{item.name}[/]", item.summary, state)
+        state = "" if item.problem is None else f"not here: {item.problem}"
+        table.add_row(Text(item.name, "bold"), item.summary, Text(state, "yellow"))
     console.print(table)

@@ -46,8 +46,10 @@ def command(bundle: Path, against: Path | None, no_parity: bool, as_json: bool) 
 
 
 def _show(console: Console, report: VerifyReport) -> None:
+    from rich.text import Text
+
     for check in report.checks:
-        mark = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
-        console.print(f"{mark} {check.name}: {check.detail}")
+        mark = Text("passed", "green") if check.passed else Text("FAILED", "red")
+        console.print(mark, f"{check.name}: {check.detail}")
         for name in check.tensors[:20]:
             console.print(f"       {name}")

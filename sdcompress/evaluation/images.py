@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress.errors import SdcompressError, UsageError
+from sdcompress.errors import InputError, SdcompressError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,12 +41,17 @@ def generate_from_weights(
     `model` is a directory in diffusers' layout, so any source, pruned or tuned bundle. Takes and
     means the same as `export.pipeline.generate`.
     """
+    check_request(prompts, seeds, steps)
+    unet, vae = (_config(model / c / "config.json") for c in ("unet", "vae"))
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    # diffusers' UNet, unlike an exported graph, pads what cannot be halved; its pipeline wants 8s.
+    height, width = fitting_size(height, width, unet["sample_size"] * scale, math.lcm(8, scale))
+
     import numpy as np
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
-    check_request(prompts, seeds, steps)
     disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(
         model,
@@ -55,13 +61,7 @@ def generate_from_weights(
         local_files_only=True,
     )
     pipeline.set_progress_bar_config(disable=True)
-    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    height, width = height or size, width or size
-    shape = (
-        pipeline.unet.config.in_channels,
-        height // pipeline.vae_scale_factor,
-        width // pipeline.vae_scale_factor,
-    )
+    shape = (unet["in_channels"], height // scale, width // scale)
     pictures = []
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         generator = torch.Generator().manual_seed(seed)
@@ -84,6 +84,19 @@ def generate_from_weights(
     return pictures
 
 
+def fitting_size(
+    height: int | None, width: int | None, default: int, multiple: int
+) -> tuple[int, int]:
+    """Height and width in pixels, `default` where None; raises UsageError for what does not fit."""
+    sides = (default if height is None else height, default if width is None else width)
+    for name, side in zip(("height", "width"), sides, strict=True):
+        if side <= 0 or side % multiple:
+            raise UsageError(
+                f"{name} {side} does not fit this model; give a multiple of {multiple}"
+            )
+    return sides
+
+
 def initial_latents(generator: Generator, shape: Sequence[int]) -> Tensor:
     """Standard normal latents [1, *shape] in fp32, drawn on the CPU as diffusers draws them."""
     import torch
@@ -97,6 +110,13 @@ def load_scheduler(folder: Path) -> Any:
 
     config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
     return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def _config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: missing or unreadable; download the model again") from e
 
 
 def step_arguments(scheduler: Any, generator: Generator) -> dict[str, Any]:
@@ -150,6 +170,12 @@ def save(
 
 
 def check_request(prompts: Sequence[str], seeds: Sequence[int], steps: int) -> None:
+    """Raise UsageError for what no model could make pictures of."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as e:
+            raise UsageError(f"prompt {prompt!r} is not valid text; write it in UTF-8") from e
     if len(prompts) != len(seeds) or not prompts:
         raise UsageError(
             f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sdcompress.catalog import COMPONENTS, weight_files
+from sdcompress.catalog import COMPONENTS, weight_files, weights_or_index
 from sdcompress.errors import InputError
 from sdcompress.safetensors_io import Header, read_header
 
@@ -139,15 +139,15 @@ def _headers(component: Path) -> list[Header]:
             "can run code when opened; use a safetensors model, or --allow-pickle if you trust it"
         )
     headers = [read_header(file) for file in weight_files(component)]
-    if indices := sorted(component.glob("*.safetensors.index*.json")):
-        weight_map = read_json(indices[0]).get("weight_map")
+    if (index := weights_or_index(component)).suffix == ".json":
+        weight_map = read_json(index).get("weight_map")
         held = {name: header.path.name for header in headers for name in header.tensors}
         if weight_map != held:
             odd = sorted(
                 set(held.items()) ^ set(weight_map.items() if isinstance(weight_map, dict) else ())
             )
             raise InputError(
-                f"{indices[0]}: it and the shards disagree about {odd[0][0]} in {odd[0][1]}; "
+                f"{index}: it and the shards disagree about {odd[0][0]} in {odd[0][1]}; "
                 "download the model again"
             )
     return headers

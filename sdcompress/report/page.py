@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress import __version__
-from sdcompress.bundle import MANIFEST, Bundle
+from sdcompress.bundle import MANIFEST, Bundle, write_text
 from sdcompress.errors import InputError
 from sdcompress.measure import Comparison
 from sdcompress.plan import Accounting, LayerPlan, SparsityPlan, account
@@ -67,9 +67,7 @@ def write_report(run: Path) -> Path:
             "`sdcompress run RECIPE -o DIR` makes one"
         )
     page = run / PAGE
-    partial = page.with_suffix(".partial")
-    partial.write_text(render(run, results, bundle), encoding="utf-8")
-    partial.replace(page)
+    write_text(page, render(run, results, bundle))
     return page
 
 

@@ -43,7 +43,7 @@ def test_results_say_how_where_and_on_what(
     assert "onnxruntime" in results.environment.versions
     assert results.sparsity is not None
     assert results.sparsity.together.zeros > 0
-    results.write(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text(results.model_dump_json())
     assert Results.read(tmp_path / "results.json") == results
 
 

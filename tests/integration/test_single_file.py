@@ -23,7 +23,7 @@ from tests.tiny_sd import make_tiny_sd
 REAL_BLOCKS = {
     "unet": {
         "layers_per_block": 2,
-        "block_out_channels": (32, 64, 64, 64),
+        "block_out_channels": (32, 64, 96, 96),
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         "attention_head_dim": [2, 4, 4, 4],
@@ -31,7 +31,7 @@ REAL_BLOCKS = {
     "text_encoder": {"num_hidden_layers": 23},
     "vae": {
         "layers_per_block": 2,
-        "block_out_channels": (16, 32, 32, 32),
+        "block_out_channels": (16, 32, 64, 64),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
     },

@@ -75,11 +75,29 @@ def test_staging_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
     assert (target / "old").exists()
 
 
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="already exists"), staging(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/precious").write_text("x")
+    assert (tmp_path / "out/precious").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_staging_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with staging(tmp_path / "out", replace=True) as work:
+        (work / "new").write_text("x")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk/new").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
+
+
 def test_staging_clears_up_after_the_dead_but_not_the_living(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial-dead").mkdir()
-    with staging(tmp_path / "out") as first:
-        assert not (tmp_path / ".out.partial-dead").exists()
-        with staging(tmp_path / "out", replace=True) as second:
+    (tmp_path / ".out[1].partial-dead").mkdir()
+    with staging(tmp_path / "out[1]") as first:
+        assert not (tmp_path / ".out[1].partial-dead").exists()
+        with staging(tmp_path / "out[1]", replace=True) as second:
             assert first.exists()
             assert second != first
 

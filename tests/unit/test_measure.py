@@ -150,6 +150,18 @@ def test_a_worker_answers(worker: str) -> None:
     assert answer["process_seconds"] > 0
 
 
+def test_a_worker_is_deaf_to_modules_that_lie_around(
+    worker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("random", "runpy", "export", "sdcompress"):
+        (here / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+    monkeypatch.chdir(here)
+    code = "import random, export.bench_worker, sdcompress; answer = {'file': random.__file__}"
+    assert not run_worker(worker, {"code": code})["file"].startswith(str(here))
+
+
 @needs_proc
 def test_memory_counts_what_is_allocated_and_not_what_is_mapped(
     worker: str, tmp_path: Path

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdcompress.bundle import Bundle, SourceRecord
-from sdcompress.errors import InputError
+from sdcompress.errors import InputError, SdcompressError
 from sdcompress.patterns import Pattern, violations, zeros_for
 from sdcompress.prune import prune
 from sdcompress.recipe import Recipe
@@ -71,8 +71,14 @@ def test_what_is_not_planned_keeps_its_bytes(tiny_source: Bundle, pruned: Bundle
         if not layer.pruned:
             assert torch.equal(before[layer.name], after[layer.name])
     vae = "vae/diffusion_pytorch_model.safetensors"
-    assert (pruned.path / vae).samefile(tiny_source.path / vae)
-    for name in ("LICENSE", "README.md", "tokenizer/vocab.json", "scheduler/scheduler_config.json"):
+    assert not (pruned.path / vae).samefile(tiny_source.path / vae)  # the model is not ours
+    for name in (
+        vae,
+        "LICENSE",
+        "README.md",
+        "tokenizer/vocab.json",
+        "scheduler/scheduler_config.json",
+    ):
         assert (pruned.path / name).read_bytes() == (tiny_source.path / name).read_bytes()
 
 
@@ -105,6 +111,8 @@ def test_a_seed_changes_random_and_nothing_else(tiny_source: Bundle, tmp_path: P
 
 def test_a_pruned_bundle_can_be_pruned_further(pruned: Bundle, tmp_path: Path) -> None:
     further = prune(pruned, _recipe({"rules": [{"sparsity": 0.8}]}), tmp_path / "p")
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (further.path / vae).samefile(pruned.path / vae)
     assert further.manifest.parent == pruned.digest
     assert further.manifest.plan
     for layer in further.manifest.plan.of("unet"):
@@ -138,6 +146,18 @@ def test_nan_weights_are_refused_by_name(tmp_path: Path, recipe: Recipe) -> None
         with pytest.raises(InputError, match="conv_norm_out.bias holds NaN or infinite"):
             prune(_source(model), recipe, tmp_path / "p")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_masks_that_do_less_than_asked_are_caught(
+    tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sdcompress.prune as module
+
+    lazy = module.keep_mask
+    monkeypatch.setattr(module, "keep_mask", lambda s, p, zeros, c: lazy(s, p, zeros // 10, c))
+    with pytest.raises(SdcompressError, match="zeros, asked"):
+        prune(tiny_source, _recipe({"rules": [{"sparsity": 0.5}]}), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
 
 
 def test_weights_below_zero_count_by_size(tmp_path: Path) -> None:

@@ -64,6 +64,17 @@ def test_a_bad_recipe_is_one_clear_line(tmp_path: Path, text: str, message: str)
     assert caught.value.exit_code == 2
 
 
+def test_merge_keys(tmp_path: Path) -> None:
+    rules = """\
+      - &linear {scope: linear, sparsity: 0.5}
+      - &conv {<<: *linear, scope: conv}
+      - {<<: *conv, sparsity: 0.25}
+"""
+    recipe = _load(tmp_path, f"name: a\nprune:\n  unet:\n    rules:\n{rules}")
+    found = [(rule.scope, rule.sparsity) for rule in recipe.prune["unet"].rules]
+    assert found == [("linear", 0.5), ("conv", 0.5), ("conv", 0.25)]
+
+
 def test_a_binary_file_is_no_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"\xff\xfe\x00")

@@ -184,7 +184,7 @@ def test_missing_parts_name_the_command_that_makes_them(tmp_path: Path) -> None:
 
 
 def test_results_alone_make_a_page(tmp_path: Path) -> None:
-    sample_results().write(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text(sample_results().model_dump_json())
     assert "no difference" in write_report(tmp_path).read_text(encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdcompress.bundle import Bundle, SourceRecord, seal
+from sdcompress.catalog import weight_files
 from sdcompress.errors import InputError
 from sdcompress.models import sources
 from sdcompress.models.checks import check_sd2_like
@@ -151,6 +152,18 @@ def test_a_sharded_variant_loads_under_plain_names(tiny: Path, tmp_path: Path) -
     assert model.config.in_channels == 4
 
 
+def test_plain_weights_win_over_the_shards_of_a_variant(tiny: Path) -> None:
+    plain = (tiny / UNET_FILE).read_bytes()
+    shard(tiny / "unet", ".fp16")
+    (tiny / UNET_FILE).write_bytes(plain)
+    assert weight_files(tiny / "unet") == [tiny / UNET_FILE]
+    assert sources.resolve(str(tiny)).directory == tiny
+    shard(tiny / "unet")
+    assert [f.name for f in weight_files(tiny / "unet")] == [
+        f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)
+    ]
+
+
 def test_what_is_fetched_from_a_hub() -> None:
     listing = [
         ".gitattributes", "LICENSE.md", "README.md", "model_index.json", "picture.png",
@@ -227,6 +240,10 @@ def missing_shard(model: Path) -> None:
     (model / "unet/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
 
 
+def empty_index(model: Path) -> None:
+    shard(model / "unet").write_text('{"weight_map": {}}')
+
+
 def lying_index(model: Path) -> None:
     index = shard(model / "unet")
     data = json.loads(index.read_text())
@@ -256,6 +273,7 @@ BAD = [
     (pickled_unet, "found pickled ones.*--allow-pickle"),
     (truncated, "truncated or corrupt"),
     (missing_shard, "the index names .*00002.* which is missing"),
+    (empty_index, "index.json: names no shards"),
     (lying_index, "it and the shards disagree about conv_"),
     (other_weights, r"expected a first UNet layer of \[32, 4\] .* found \[32, 9\]"),
     (config("unet/config.json", in_channels=9), "9 input channels, an inpainting model"),
