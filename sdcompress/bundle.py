@@ -177,10 +177,8 @@ def staging(target: Path, *, replace: bool = False) -> Iterator[Path]:
     prefix = f".{target.name}.partial-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.parent):
-            _remove_abandoned(target.parent, prefix)
-            work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-            lock = _lock(work)
+        _remove_abandoned(target.parent, prefix)
+        work, lock = _make_locked(target.parent, prefix)
     except OSError as e:
         raise InputError(f"{target}: cannot be created ({e.strerror}); check the path") from e
     try:
@@ -335,6 +333,17 @@ def locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new directory and the descriptor of its lock."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError):  # swept up by a peer before it was locked
+            lock = _lock(work)
+            if work.exists():
+                return work, lock
+            os.close(lock)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:

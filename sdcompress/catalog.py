@@ -82,7 +82,7 @@ def weight_files(component: Path) -> list[Path]:
 
 
 def weights_or_index(component: Path) -> Path:
-    """The index of shards or the single file; those of a variant only where there are no plain ones.
+    """The index of shards or the single file; a variant's only where there is nothing plain.
 
     Raises:
         InputError: there is neither.

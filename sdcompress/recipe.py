@@ -44,9 +44,11 @@ class Rule(_Part):
     @model_validator(mode="after")
     def _complete(self) -> Rule:
         if self.keep:
-            extra = self.model_fields_set - {"layers", "scope", "keep", "reason"}
-            if extra:
-                raise ValueError(f"'keep: dense' takes no {', '.join(sorted(extra))}")
+            # By value: a recipe that was written out again names every key.
+            fields = type(self).model_fields
+            ways = ("criterion", "pattern", "sparsity")
+            if extra := [w for w in ways if getattr(self, w) != fields[w].default]:
+                raise ValueError(f"'keep: dense' takes no {', '.join(extra)}")
             if not self.reason:
                 raise ValueError("'keep: dense' needs a 'reason'")
             return self
@@ -237,7 +239,7 @@ class _StrictLoader(yaml.SafeLoader):
     }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Looks at keys as they are written: `<<` may later bring in a key that is there already."""
+        """Looks at keys as written, before `<<` brings in others that they may override."""
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:

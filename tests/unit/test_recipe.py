@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sdcompress.errors import UsageError
 from sdcompress.recipe import load_recipe, model_of, recipe_names, recipe_summary
@@ -26,6 +27,13 @@ def test_every_shipped_recipe_loads_and_describes_itself(name: str) -> None:
     assert 20 < len(recipe_summary(name)) < 120
     first = (Path("sdcompress/recipes") / f"{name}.yaml").read_text().splitlines()[0]
     assert first.startswith(f"# sdcompress run {name} ")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_reads_back_as_it_was_written_out(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    again = _load(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert again == recipe
 
 
 def test_the_issue_asks_for_these_recipes() -> None:

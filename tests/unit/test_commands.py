@@ -1,0 +1,151 @@
+"""What the command line says and refuses before it does any work."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import click
+import pytest
+
+from sdcompress.bundle import MANIFEST, Bundle
+from sdcompress.commands import _interrupted, _unexpected, cli, doctor
+from sdcompress.commands._common import emit, open_model
+from sdcompress.errors import UsageError
+
+
+def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    fix = doctor.PACKAGES["onnxruntime-gpu"]
+    finding = doctor.Finding(name="a [b]", state="not installed", ok=False, fix=fix)
+    output = doctor.Output(ok=True, findings=[finding])
+    emit(output, False, lambda console: doctor._show(console, output))
+    assert "a [b]: not installed  (pip install 'sdcompress[gpu]')" in capsys.readouterr().out
+
+
+def test_an_interruption_promises_only_what_is_true() -> None:
+    assert "goes on" in _interrupted(["--debug", "run", "demo"])
+    assert _interrupted(["prune", "run"]) == "interrupted; nothing was half-written"
+
+
+def raised(kind: str) -> BaseException:
+    """An error as a library raises it while, or because, the system has refused something."""
+    full = OSError(errno.ENOSPC, "No space left on device", "/x")
+    missing = OSError(errno.ENOENT, "No such file or directory", "/x")
+    try:
+        try:
+            raise missing if "missing" in kind else full
+        except OSError as e:
+            if kind.startswith("from"):
+                raise ValueError("broken") from e
+            if kind.startswith("hiding"):
+                raise ValueError("broken") from None
+            raise ValueError("broken")  # noqa: B904  # the case that is tested
+    except ValueError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("from full", "/x: No space left on device; free some space"),
+        ("from missing", "/x: No such file or directory; check the path and its permissions"),
+        ("during full", "/x: No space left on device; free some space"),
+        ("during missing", "ValueError: broken; this is a bug"),
+        ("hiding full", "ValueError: broken; this is a bug"),
+    ],
+)
+def test_an_unexpected_error_is_put_down_to_its_cause(kind: str, message: str) -> None:
+    assert _unexpected(raised(kind)).startswith(message)
+
+
+def test_the_shipped_model_is_not_hidden_by_a_folder(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdcompress.models import sources
+
+    (tmp_path / "mini-sd2").mkdir()
+    (tmp_path / "mini-sd2" / MANIFEST).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "_mini_sd2", lambda: tiny_sd)
+    assert open_model("mini-sd2").manifest.source.kind == "mini-sd2"
+
+
+def test_a_malformed_option_is_named(tmp_path: Path) -> None:
+    with pytest.raises(click.BadParameter, match="x=, found"):
+        cli.main(["build", "onnx", "-o", "engine", "--option", "x=[1"], standalone_mode=False)
+
+
+def test_results_need_a_folder_before_anything_is_measured(tmp_path: Path) -> None:
+    target = str(tmp_path / "nodir" / "results.json")
+    with pytest.raises(UsageError, match="nodir: no such directory"):
+        cli.main(["bench", "a", "b", "-o", target], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--height", "65"], "height 65 does not fit"), (["--prompt", "\udcff"], "not valid text")],
+)
+def test_what_no_picture_can_be_made_of(
+    tiny_sd: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    out = tmp_path / "pictures"
+    command = ["generate", str(tiny_sd), "--prompt", "a red cat", "-o", str(out), *options]
+    with pytest.raises(UsageError, match=message):
+        cli.main(command, standalone_mode=False)
+    assert not out.exists()
+
+
+def test_the_range_check_remembers_nan() -> None:
+    import torch
+
+    from export.parity import _Largest
+
+    largest = _Largest()
+    for value in (1.0, float("nan"), 2.0):
+        largest._look("here", torch.tensor([value]))
+    assert not largest.check("unet").passed
+
+
+def engine(path: Path, model: str, zeros: int) -> Bundle:
+    """What an engine's manifest says, and nothing that runs."""
+    from export.specs import COMPONENTS
+    from sdcompress.bundle import Manifest, SourceRecord, seal
+    from sdcompress.plan import LayerPlan, SparsityPlan
+
+    for component in COMPONENTS:
+        (path / component).mkdir(parents=True)
+        (path / component / "config.json").write_text("{}")
+    layer = LayerPlan(
+        component="unet", name="a.weight", kind="linear", shape=(4, 4), dtype="F32", zeros=zeros
+    )
+    plan = SparsityPlan(layers=(layer,), parameters={"unet": 16})
+    source = SourceRecord(id=model, kind="directory")
+    seal(path, Manifest(stage="engine", parent=None, source=source, tools={}, plan=plan))
+    return Bundle.open(path)
+
+
+def test_engines_that_cannot_be_compared(tmp_path: Path) -> None:
+    from export.bench import _check_comparable
+
+    dense = engine(tmp_path / "dense", "a", 0)
+    sparse = engine(tmp_path / "sparse", "a", 8)
+    _check_comparable(dense, sparse)
+    _check_comparable(dense, dense)
+    with pytest.raises(UsageError, match="swap the two"):
+        _check_comparable(sparse, dense)
+    with pytest.raises(UsageError, match=r"different models \(a and b\)"):
+        _check_comparable(dense, engine(tmp_path / "other", "b", 8))
+
+
+def test_a_driver_that_hangs_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    import subprocess
+
+    from export.bench import _accelerator
+
+    def hang(*args: object, **kwargs: object) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    monkeypatch.setattr(shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert _accelerator() is None
