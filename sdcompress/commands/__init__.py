@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 
 import click
@@ -51,6 +52,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not debug:  # libraries' remarks on their own imports are no part of our output
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Whoever stops a container sends SIGTERM; half-made work is cleared up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as e:

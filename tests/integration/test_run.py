@@ -122,7 +122,6 @@ def test_pictures_nobody_asks_for_any_more_go_away(
     [
         ({"engine": {"options": {"thread": 2}}}, "thread"),
         ({"engine": {"options": {"provider": "cuda"}}}, "provider 'cuda' is not in"),
-        ({"sampling": {"height": 24, "steps": 1}}, "height 24 does not fit"),
         ({"prune": {"unet": {"rules": [{"layers": "no", "sparsity": 0.1}]}}}, "matches none"),
     ],
 )
@@ -133,6 +132,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
         pytest.skip("CUDA is here")
     with pytest.raises(UsageError, match=message):
         _run(tiny_source, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="height 24 does not fit this model"):
+        _run(open_model("mini-sd2"), tmp_path / "out", sampling={"height": 24})
     assert not (tmp_path / "out").exists()
 
 
