@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,8 +81,7 @@ def bench(
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no interval; give at least 2, better 10 or more")
     _check_comparable(dense, sparse)
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    here = environment(load_before)
+    here = environment(busy_cores())
     jobs = {
         name: {**_job(engine, steps, guidance, height, width, prompt, seed), "name": name}
         for name, engine in (("dense", dense), ("sparse", sparse), ("control", dense))
@@ -147,8 +147,24 @@ def ddim_steps(scheduler_folder: Path, steps: int) -> list[dict[str, float]]:
     ]
 
 
+def busy_cores(seconds: float = 1.0) -> float | None:
+    """How many cores were at work over the next `seconds`; None where /proc does not tell.
+
+    Not the load average: that still remembers the stages which ran before this one.
+    """
+
+    def ticks() -> tuple[int, int]:  # idle (and waiting for the disk), all
+        fields = [int(x) for x in (_text(Path("/proc/stat")) or "").split("\n")[0].split()[1:9]]
+        return sum(fields[3:5]), sum(fields)
+
+    idle, total = ticks()
+    time.sleep(seconds)
+    idle, total = (after - before for after, before in zip(ticks(), (idle, total), strict=True))
+    return (1 - idle / total) * (os.cpu_count() or 1) if total else None
+
+
 def environment(load_before: float | None = None) -> Environment:
-    """What this machine is; `load_before` is the 1-minute load average before measuring."""
+    """What this machine is; `load_before` is the number of busy cores before measuring."""
     return Environment(
         machine=platform.machine(),
         processor=_processor(),

@@ -267,8 +267,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 def carry_over(source: Bundle, name: str, target: Path) -> None:
     """Take over an unchanged file: weights are linked between bundles, all else is copied.
 
-    Small files get edited in place, and that must not reach another bundle. A model directory, a
-    hub cache and the installed package belong to others: nothing of theirs is ever linked.
+    Small files get edited in place, and that must not reach another bundle; onnx refuses to read
+    external data that has a second hard link. A model directory, a hub cache and the installed
+    package belong to others: nothing of theirs is ever linked.
     """
     if source.manifest.stage != "source" and name.endswith(".safetensors"):
         link_or_copy(source.path / name, target)

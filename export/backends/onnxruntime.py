@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +24,6 @@ PROVIDERS = {
 }
 BEST = (PROVIDERS["tensorrt"], PROVIDERS["cuda"], PROVIDERS["cpu"])
 MODEL = "model.onnx"
-WEIGHTS = f"{MODEL}_data"
 
 
 class Options(BaseModel):
@@ -83,7 +81,7 @@ class OnnxRuntimeBackend:
         options: Mapping[str, Any] | None = None,
         replace: bool = False,
     ) -> Bundle:
-        """Link the ONNX files into an engine bundle, after loading each of them once here."""
+        """Take the ONNX files into an engine bundle, after loading each of them once here."""
         chosen = _options(options)
         if target:
             raise UsageError(
@@ -109,7 +107,6 @@ class OnnxRuntimeBackend:
             "sparse_kernels": _sparse_kernels(provider, chosen, source),
         }
         with staging(out, replace=replace) as work:
-            _copy_weights(source, work)
             seal(
                 work,
                 manifest.model_copy(
@@ -239,14 +236,6 @@ class OnnxRuntimeRunner(Runner):
         folder = Path.home() / ".cache" / "sdcompress" / "tensorrt" / digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-
-
-def _copy_weights(source: Bundle, work: Path) -> None:
-    """Copy the external data; onnx refuses to read any that has a second hard link."""
-    for name in source.manifest.files:
-        if name.endswith(WEIGHTS):
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.path / name, work / name)
 
 
 def _options(options: Mapping[str, Any] | None) -> Options:

@@ -39,7 +39,7 @@ def test_an_engine_is_the_graphs_and_how_to_load_them(onnx_dense: Bundle, engine
     assert set(manifest.details["providers"].values()) == {"CPUExecutionProvider"}
     engine.check_files()
     model = Path("unet", "model.onnx")
-    assert (engine.path / model).samefile(onnx_dense.path / model)
+    assert not (engine.path / model).samefile(onnx_dense.path / model)  # either may be edited
 
 
 def test_onnx_still_reads_the_graphs_an_engine_was_built_from(
