@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sdcompress.bundle import MANIFEST, Bundle, SourceRecord, sha256_file, staging
 from sdcompress.catalog import CARRIED
-from sdcompress.errors import InputError
+from sdcompress.errors import InputError, UsageError
 from sdcompress.models.checks import PICKLED, check_sd2_like
 
 MINI_SD2 = "mini-sd2"
@@ -114,9 +114,14 @@ def _find(
     config: str | None,
     variant: str | None,
 ) -> ResolvedModel:
+    path = Path(model).expanduser()
+    if config is not None and (model == MINI_SD2 or not path.is_file()):
+        raise UsageError(
+            f"--config says what a single-file checkpoint is, found {model}, which is none and has "
+            "its own configs; leave --config out"
+        )
     if model == MINI_SD2:
         return _described(_mini_sd2(), MINI_SD2, "mini-sd2")
-    path = Path(model).expanduser()
     if path.is_file():
         return _single_file(path, cache, allow_pickle, config)
     if path.is_dir():

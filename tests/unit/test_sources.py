@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sdcompress.bundle import Bundle, SourceRecord, seal
 from sdcompress.catalog import weight_files
-from sdcompress.errors import InputError
+from sdcompress.errors import InputError, UsageError
 from sdcompress.models import sources
 from sdcompress.models.checks import check_sd2_like
 from tests.tiny_sd import make_tiny_sd
@@ -344,3 +344,10 @@ def test_what_unpickles_to_no_weights(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be unpickled"):
         sources.resolve(str(tiny), cache=tmp_path / "cache", allow_pickle=True)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["mini-sd2", "directory"])
+def test_a_config_is_for_single_files_only(kind: str, tiny_sd: Path) -> None:
+    model = "mini-sd2" if kind == "mini-sd2" else str(tiny_sd)
+    with pytest.raises(UsageError, match="leave --config out"):
+        sources.resolve(model, config="sd2-base")
