@@ -10,13 +10,12 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from export.pipeline import Geometry, tokenize
 from export.specs import COMPONENTS
-from sdcompress.bundle import Bundle
+from sdcompress.bundle import Bundle, runtime_versions, tool_versions
 from sdcompress.errors import InputError, UsageError
 from sdcompress.measure import (
     compare,
@@ -63,14 +62,12 @@ def bench(
     budget: float = 1.2,
     timeout: float | None = None,
     command: str = "",
-    recipe: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
     """Measure two engine bundles against each other.
 
     `budget` is about how many seconds one process spends on timed work; slow engines take longer,
-    as everything is timed at least once. `recipe` is a name to show instead of the one in the
-    manifest. `progress(done, total)` counts processes.
+    as everything is timed at least once. `progress(done, total)` counts processes.
 
     Raises:
         UsageError: fewer than 2 rounds, a size that does not fit, or engines that cannot be
@@ -96,7 +93,7 @@ def bench(
     manifest = sparse.manifest
     return Results(
         model=manifest.source.id,
-        recipe=recipe or (manifest.recipe or {}).get("name"),
+        recipe=(manifest.recipe or {}).get("name"),
         measures=measures,
         control=_control(measures),
         engines={
@@ -174,7 +171,7 @@ def environment(load_before: float | None = None) -> Environment:
         load_before=load_before,
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
-        versions=_versions(),
+        versions={**tool_versions(), **runtime_versions()},
         accelerator=_accelerator(),
     )
 
@@ -319,16 +316,6 @@ def _engine(engine: Bundle, answers: Sequence[Mapping[str, Any]]) -> Engine:
         sparse_kernels=SparseKernels.model_validate(details["sparse_kernels"]),
         device_memory=DeviceMemory.model_validate(memory) if memory else None,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("sdcompress", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "diffusers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def machine() -> dict[str, str | int]:

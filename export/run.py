@@ -15,10 +15,9 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from export.pipeline import Geometry
 from sdcompress.bundle import (
     Bundle,
     locked,
+    runtime_versions,
     staging,
     to_json,
     tool_versions,
@@ -242,7 +242,7 @@ def _engines(
     onnx = both("onnx", {"dtype": dtype}, export, weights)
     for twin in TWINS:
         _verify(place, twin, onnx[twin], weights[twin], announce)
-    settings = {"backend": recipe.engine.backend, "options": options, "runtime": runtimes()}
+    settings = {"backend": recipe.engine.backend, "options": options, "runtime": runtime_versions()}
     return both("engine", settings, build, onnx)
 
 
@@ -259,7 +259,7 @@ def _verify(place: Workspace, twin: str, onnx: Bundle, weights: Bundle, announce
             raise VerificationError(f"{onnx.path}: {failed.name} failed: {failed.detail}")
 
     stage = f"verify/{twin}"
-    announce(stage, place.files(stage, _key(stage, runtimes(), onnx, weights), make))
+    announce(stage, place.files(stage, _key(stage, runtime_versions(), onnx, weights), make))
 
 
 def _pictures(
@@ -274,7 +274,7 @@ def _pictures(
 
     prompts = recipe.pictures.prompts
     seeds = [recipe.pictures.seed + i for i in range(len(prompts))]
-    asked = {"prompts": list(prompts), "seeds": seeds, "runtime": runtimes(), **settings}
+    asked = {"prompts": list(prompts), "seeds": seeds, "runtime": runtime_versions(), **settings}
     for twin, engine in engines.items():
         stage = f"images/{twin}"
         if not prompts:
@@ -307,7 +307,7 @@ def _bench(
         results: Results = bench(engines["dense"], engines["sparse"], command=command, **settings)
         write_text(target, results.model_dump_json(indent=1) + "\n")
 
-    where = {"settings": settings, "runtime": runtimes(), "machine": machine()}
+    where = {"settings": settings, "runtime": runtime_versions(), "machine": machine()}
     announce("bench", place.files("bench", _key("bench", where, *engines.values()), make))
 
 
@@ -317,15 +317,6 @@ def sampling(recipe: Recipe, source: Bundle) -> dict[str, Any]:
 
     asked = recipe.sampling.model_dump(exclude_none=True)
     return {**sampling_defaults(source.manifest.source), **asked}
-
-
-def runtimes() -> dict[str, str]:
-    """The installed runtimes that engines are built and run with, and their versions."""
-    found = {}
-    for package in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def command_line(argv: list[str]) -> str:

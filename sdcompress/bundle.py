@@ -287,16 +287,24 @@ def link_files(source: Bundle, target: Path) -> dict[str, FileRecord]:
 
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
 
 
 def tool_versions() -> dict[str, str]:
     """The versions that decide the bytes a stage writes."""
-    found = {"sdcompress": __version__}
-    for package in _TOOLS:
-        try:
+    return {"sdcompress": __version__, **_installed(_TOOLS)}
+
+
+def runtime_versions() -> dict[str, str]:
+    """The installed runtimes that engines are built and run with, and their versions."""
+    return _installed(_RUNTIMES)
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -45,10 +45,6 @@ class Criterion:
         if (self.score is None) == (self.solve is None):
             raise TypeError("a criterion has exactly one of score and solve")
 
-    @property
-    def data_free(self) -> bool:
-        return self.needs <= DATA_FREE
-
 
 def load_criterion(name: str) -> Criterion:
     criterion = registry.load("criteria", name).CRITERION

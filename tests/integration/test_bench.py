@@ -18,7 +18,7 @@ QUICK = {"rounds": 2, "steps": 2, "budget": 0.01}
 
 @pytest.fixture(scope="module")
 def results(engine: Bundle, engine_sparse: Bundle) -> Results:
-    return bench(engine, engine_sparse, command="sdcompress bench a b", recipe="shown", **QUICK)
+    return bench(engine, engine_sparse, command="sdcompress bench a b", **QUICK)
 
 
 def test_everything_is_measured_once_a_round(results: Results) -> None:
@@ -35,7 +35,7 @@ def test_results_say_how_where_and_on_what(
     assert results.engines["dense"].digest == engine.digest
     assert results.engines["sparse"].digest == engine_sparse.digest
     assert results.engines["dense"].bytes > 100_000
-    assert results.recipe == "shown"
+    assert results.recipe == "two-to-four"
     assert results.engines["sparse"].sparse_kernels.used == 0
     assert results.engines["dense"].device_memory is None
     assert (results.setup.rounds, results.setup.steps) == (2, 2)
