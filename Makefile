@@ -14,8 +14,8 @@ DISTRIBUTION_cpu := onnxruntime
 DISTRIBUTION_gpu := onnxruntime-gpu
 
 EXTRAS_demo := $(RUNTIME)
-EXTRAS_test := $(RUNTIME),optimum,test
-EXTRAS_dev := $(RUNTIME),optimum,test,dev
+EXTRAS_test := $(RUNTIME),optimum,rtx,test
+EXTRAS_dev := $(RUNTIME),optimum,rtx,test,dev
 
 .PHONY: help demo test lint wheel-check schemas clean
 .DELETE_ON_ERROR:

@@ -2,6 +2,9 @@
 
 Each round starts three fresh processes in random order: the dense engine, the sparse engine and
 the dense engine again. See `sdcompress.measure` for how the figures are compared.
+
+Memory is reported for both residencies: measured in every round for the one asked for, and for the
+other in one process of each engine that makes a single picture and times nothing.
 """
 
 from __future__ import annotations
@@ -10,42 +13,44 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from export.pipeline import Geometry, tokenize
+from export.backends import load_backend
+from export.comparison import make_control, make_measures
+from export.device.telemetry import Telemetry as Readings
+from export.pipeline import Geometry, check_sizes, tokenize
+from export.residency import Residency
 from export.specs import COMPONENTS
 from sdcompress.bundle import Bundle, runtime_versions, tool_versions
 from sdcompress.errors import InputError, UsageError
-from sdcompress.measure import (
-    compare,
-    family_confidence,
-    median_of,
-    percentile,
-    run_rounds,
-    run_worker,
-)
+from sdcompress.measure import Watcher, run_rounds, run_worker
 from sdcompress.plan import account
 from sdcompress.results import (
-    Control,
     DeviceMemory,
     Engine,
     Environment,
-    Measure,
     Results,
-    Series,
     Setup,
     SparseKernels,
+    Telemetry,
 )
 
 WORKER = "export.bench_worker"
-# In the order of the page: what a user waits for, then its parts.
-TIMED = ("picture", "text_encoder", "unet_step", "vae_decoder", "load")
-PEAK = "peak_memory"
 # Share of the time budget of one process; the rest of it goes into starting and loading.
 SHARES = {"picture": 0.4, "text_encoder": 0.15, "unet_step": 0.3, "vae_decoder": 0.15}
 PROMPT = "a large red circle left of a small blue square on a white background"
 MEMORY = "peak anonymous memory of the process tree (smaps_rollup), mapped files not counted"
+# What both engines must have in common, of the details of their manifests.
+SAME = (
+    *("backend", "providers", "options", "dtype", "target", "sizes"),
+    *("upcast_attention", "kept_fp32"),
+)
+OTHER: dict[Residency, Residency] = {"resident": "sequential", "sequential": "resident"}
+PLAN = "engine.plan"
+CPU = "CPUExecutionProvider"  # the one provider that is no accelerator
 
 
 def bench(
@@ -59,6 +64,7 @@ def bench(
     width: int | None = None,
     prompt: str = PROMPT,
     seed: int = 0,
+    residency: Residency = "resident",
     budget: float = 1.2,
     timeout: float | None = None,
     command: str = "",
@@ -67,27 +73,53 @@ def bench(
     """Measure two engine bundles against each other.
 
     `budget` is about how many seconds one process spends on timed work; slow engines take longer,
-    as everything is timed at least once. `progress(done, total)` counts processes.
+    as everything is timed at least once. With `residency` "sequential" the time of a picture holds
+    that of loading each component. `progress(done, total)` counts the processes of the rounds.
 
     Raises:
-        UsageError: fewer than 2 rounds, a size that does not fit, or engines that cannot be
-            compared because model, backend, options or precision differ or they are swapped.
+        UsageError: fewer than 2 rounds, a size that does not fit, engines that cannot run here, or
+            that cannot be compared because model, backend, options or precision differ or they
+            are swapped.
         VerificationError: an engine's files are not those of its manifest.
         SdcompressError: a measuring process failed, was killed, or gave NaN.
     """
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no interval; give at least 2, better 10 or more")
     _check_comparable(dense, sparse)
-    here = environment(busy_cores())
-    jobs = {
-        name: {**_job(engine, steps, guidance, height, width, prompt, seed), "name": name}
-        for name, engine in (("dense", dense), ("sparse", sparse), ("control", dense))
+    for engine in (dense, sparse):
+        details = engine.manifest.details
+        if why := load_backend(details["backend"]).why_not_run(details):
+            raise UsageError(f"{engine.path}: cannot run here: {why}")
+    request: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "height": height,
+        "width": width,
+        "prompt": prompt,
+        "seed": seed,
+        "residency": residency,
     }
-    plan = _how_often(jobs, budget, timeout)
-    for job in jobs.values():
-        job.update(plan)
-    answers = run_rounds(WORKER, jobs, rounds=rounds, seed=seed, timeout=timeout, progress=progress)
-    measures = _measures(answers)
+    contestants = {"dense": dense, "sparse": sparse, "control": dense}
+    jobs = {name: {**_job(b, **request), "name": name} for name, b in contestants.items()}
+    here = environment(busy_cores())
+    with ExitStack() as stack:
+        watch = _watcher(stack) if jobs["dense"]["on_gpu"] else None
+        plan = _how_often(jobs, budget, timeout)
+        for job in jobs.values():
+            job.update(plan)
+        answers = run_rounds(
+            WORKER, jobs, rounds=rounds, seed=seed, timeout=timeout, watch=watch, progress=progress
+        )
+        others = {
+            name: run_worker(
+                WORKER,
+                {**jobs[name], "residency": OTHER[residency], "iterations": {}},
+                timeout=timeout,
+                watch=watch,
+            )
+            for name in ("dense", "sparse")
+        }
+    measures = make_measures(answers)
     latents = jobs["dense"]["latent_shape"]
     scale = Geometry.read(dense.path).scale
     manifest = sparse.manifest
@@ -95,10 +127,14 @@ def bench(
         model=manifest.source.id,
         recipe=(manifest.recipe or {}).get("name"),
         measures=measures,
-        control=_control(measures),
+        control=make_control(measures),
         engines={
-            "dense": _engine(dense, answers["dense"]),
-            "sparse": _engine(sparse, answers["sparse"]),
+            "dense": _engine(
+                dense, {residency: answers["dense"], OTHER[residency]: [others["dense"]]}
+            ),
+            "sparse": _engine(
+                sparse, {residency: answers["sparse"], OTHER[residency]: [others["sparse"]]}
+            ),
         },
         setup=Setup(
             rounds=rounds,
@@ -112,9 +148,12 @@ def bench(
             prompt=prompt,
             memory=MEMORY,
             command=command,
+            residency=residency,
+            timer=answers["dense"][0]["timer"],
         ),
         environment=here,
         sparsity=account(manifest.plan) if manifest.plan else None,
+        telemetry=_telemetry(answers),
     )
 
 
@@ -178,22 +217,29 @@ def environment(load_before: float | None = None) -> Environment:
 
 def _job(
     engine: Bundle,
+    *,
     steps: int,
     guidance: float,
     height: int | None,
     width: int | None,
     prompt: str,
     seed: int,
+    residency: Residency,
 ) -> dict[str, Any]:
     geometry = Geometry.read(engine.path)
+    shape = geometry.latent_shape(height, width)
+    details = engine.manifest.details
+    check_sizes(details, geometry, guidance, shape[1] * geometry.scale, shape[2] * geometry.scale)
     prompts = ["", prompt] if guidance > 1 else [prompt]
     return {
         "engine": str(engine.path.resolve()),
-        "details": engine.manifest.details,
+        "details": details,
+        "on_gpu": set(details["providers"].values()) != {CPU},
+        "residency": residency,
         "steps": ddim_steps(engine.path / "scheduler", steps),
         "guidance": guidance,
         "token_ids": tokenize(engine.path, prompts).tolist(),
-        "latent_shape": geometry.latent_shape(height, width),
+        "latent_shape": shape,
         "scaling_factor": geometry.scaling_factor,
         "seed": seed,
         "warm_up": 0,
@@ -221,48 +267,6 @@ def _how_often(
     }
 
 
-def _measures(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Measure]:
-    keys: dict[str, tuple[str, Any]] = {name: (name, "ms") for name in TIMED}
-    if all(a["peak_anonymous_bytes"] > 0 for one in answers.values() for a in one):
-        keys[PEAK] = ("peak_anonymous_bytes", "bytes")
-    family = family_confidence(len(keys))
-    measures = {}
-    for name, (key, unit) in keys.items():
-        series = {contestant: _series(one, key) for contestant, one in answers.items()}
-        dense, sparse, control = (series[c].rounds for c in ("dense", "sparse", "control"))
-        against_itself = compare(dense, control, confidence=family)
-        measures[name] = Measure(
-            unit=unit,
-            **series,
-            sparse_to_dense=compare(dense, sparse, control=against_itself),
-            control_to_dense=against_itself,
-        )
-    return measures
-
-
-def _series(answers: Sequence[Mapping[str, Any]], key: str) -> Series:
-    pooled: list[float] = []
-    for answer in answers:
-        value = answer[key]
-        pooled += value if isinstance(value, list) else [float(value)]
-    return Series(
-        p50=percentile(pooled, 50),
-        p95=percentile(pooled, 95),
-        p99=percentile(pooled, 99),
-        iterations=len(pooled),
-        rounds=tuple(median_of(answers, key)),
-    )
-
-
-def _control(measures: Mapping[str, Measure]) -> Control:
-    differs = tuple(
-        name for name, m in measures.items() if m.control_to_dense.verdict != "no difference"
-    )
-    return Control(
-        trustworthy=not differs, differs=differs, confidence=family_confidence(len(measures))
-    )
-
-
 def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
     for bundle in (dense, sparse):
         bundle.check_files()  # the results name an engine by its digest, so it must be that engine
@@ -273,7 +277,7 @@ def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
             )
         if missing := [c for c in COMPONENTS if not (bundle.path / c).is_dir()]:
             raise InputError(f"{bundle.path}: has no {missing[0]}; export the model again")
-    for fact in ("backend", "providers", "options", "dtype"):
+    for fact in SAME:
         a, b = (x.manifest.details.get(fact) for x in (dense, sparse))
         if a != b:
             raise UsageError(
@@ -299,9 +303,9 @@ def _planned_zeros(bundle: Bundle) -> int:
     return sum(p.zeros or 0 for p in bundle.manifest.plan.layers) if bundle.manifest.plan else 0
 
 
-def _engine(engine: Bundle, answers: Sequence[Mapping[str, Any]]) -> Engine:
-    details = engine.manifest.details
-    memory = answers[0].get("device_memory")
+def _engine(engine: Bundle, answers: Mapping[Residency, Sequence[Mapping[str, Any]]]) -> Engine:
+    """`answers` of the processes of this engine, by residency."""
+    details, files = engine.manifest.details, engine.manifest.files
     return Engine(
         digest=engine.digest,
         backend=details["backend"],
@@ -309,13 +313,47 @@ def _engine(engine: Bundle, answers: Sequence[Mapping[str, Any]]) -> Engine:
         options=details["options"],
         dtype=str(details.get("dtype", "unknown")),
         bytes=sum(
-            record.size
-            for name, record in engine.manifest.files.items()
-            if name.split("/")[0] in COMPONENTS
+            record.size for name, record in files.items() if name.split("/")[0] in COMPONENTS
         ),
         sparse_kernels=SparseKernels.model_validate(details["sparse_kernels"]),
-        device_memory=DeviceMemory.model_validate(memory) if memory else None,
+        peak_memory={
+            residency: int(median(a["peak_anonymous_bytes"] for a in some))
+            for residency, some in answers.items()
+            if all(a["peak_anonymous_bytes"] for a in some)
+        },
+        device_memory=_device_memory(answers["resident"]),
+        device_memory_sequential=_device_memory(answers["sequential"]),
+        plans={c: files[f"{c}/{PLAN}"].sha256 for c in COMPONENTS if f"{c}/{PLAN}" in files},
     )
+
+
+def _device_memory(answers: Sequence[Mapping[str, Any]]) -> DeviceMemory | None:
+    """The median over processes of each figure; None where the engine runs on the CPU."""
+    held = [dict(a["device_memory"]) for a in answers if a["device_memory"]]
+    for memory, answer in zip(held, answers, strict=False):
+        if used := answer.get("telemetry", {}).get("used_bytes"):
+            memory["process"] = used
+    if not held:
+        return None
+    names = {name for memory in held for name in memory}
+    return DeviceMemory(**{n: int(median(m[n] for m in held if n in m)) for n in names})
+
+
+def _watcher(stack: ExitStack) -> Watcher:
+    readings = stack.enter_context(Readings())
+    return lambda: readings.watch()
+
+
+def _telemetry(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Telemetry, ...]:
+    """What was read beside each process, in the order they ran; nothing where nothing was."""
+    fields = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w")
+    seen = [
+        Telemetry(process=a["process"], contestant=name, **{f: a["telemetry"][f] for f in fields})
+        for name, some in answers.items()
+        for a in some
+        if any(a.get("telemetry", {}).get(f) is not None for f in fields)
+    ]
+    return tuple(sorted(seen, key=lambda one: one.process))
 
 
 def machine() -> dict[str, str | int]:

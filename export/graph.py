@@ -20,6 +20,8 @@ from export.weight_map import Entry, WeightMap
 from sdcompress.bundle import Bundle
 from sdcompress.errors import InputError
 
+OF_ONNX_FILES = ("onnxruntime", "torch_cuda")  # the backends whose engines are the ONNX files
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -54,6 +56,35 @@ class Graph:
         entry = self.weight_map.initializers[tensor.name]
         return torch.from_numpy(entry.to_key(array.reshape(tuple(tensor.dims))))
 
+    def session(self, model: onnx.ModelProto | None = None) -> Any:
+        """An onnxruntime session on the CPU, of this graph or of a changed one with its weights.
+
+        Raises:
+            InputError: onnxruntime is not installed or cannot open the graph.
+        """
+        try:
+            import onnxruntime
+        except ImportError as e:
+            raise InputError(
+                "running a graph needs onnxruntime, which is not installed; "
+                "`pip install sdcompress[cpu]`"
+            ) from e
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # The order of the file: what `watch` puts behind a node then runs while its value lives.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.directory)
+        )
+        source = str(self.directory / MODEL) if model is None else model.SerializeToString()
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # onnxruntime's own exceptions share no base class
+            raise InputError(
+                f"{self.directory / MODEL}: onnxruntime cannot open it "
+                f"({str(e).splitlines()[0]}); export the model again"
+            ) from e
+
 
 def open_graphs(bundle: Bundle) -> list[Graph]:
     """Open every exported component of a bundle; none, if it is a bundle of weights.
@@ -62,12 +93,13 @@ def open_graphs(bundle: Bundle) -> list[Graph]:
         InputError: a graph is corrupt, or its external data is missing, truncated or outside.
     """
     stage, details = bundle.manifest.stage, bundle.manifest.details
-    if stage != "onnx" and not (stage == "engine" and details.get("backend") == "onnxruntime"):
+    if stage != "onnx" and not (stage == "engine" and details.get("backend") in OF_ONNX_FILES):
         return []
-    return [_open_graph(bundle.path, c) for c in details.get("components", ())]
+    return [open_graph(bundle.path, c) for c in details.get("components", ())]
 
 
-def _open_graph(bundle: Path, component: str) -> Graph:
+def open_graph(bundle: Path, component: str) -> Graph:
+    """Open one component of a directory laid out like an ONNX bundle; raises as `open_graphs`."""
     directory = bundle / component
     file = directory / MODEL
     try:

@@ -3,124 +3,94 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from export.graph import Graph
+from export.ranges import LIMIT, Watched
 from export.specs import DTypeName, component_spec, make_inputs
-from export.to_onnx import MODEL, architecture, parameter_names
-from sdcompress.errors import InputError
+from export.to_onnx import layer_of
+from export.torch_module import torch_module
+from sdcompress.errors import VerificationError
 from sdcompress.results import Check
 
 # Root mean square of onnxruntime's difference from torch in fp32, relative to torch's output.
 # fp32 differs by the order of sums; fp16 also by rounding every intermediate result to 11 bits.
 PARITY_TOLERANCE: dict[DTypeName, float] = {"fp32": 1e-4, "fp16": 2e-2}
+NAMED = 20  # values named in a failed check
+Feeds = dict[str, Any]
 
 
 def check_parity(graph: Graph) -> list[Check]:
-    """Run both on seeded inputs of two shapes; the graph must take any batch, height and width."""
+    """Run both on seeded inputs of two shapes; the graph must take any batch, height and width.
+
+    Of an fp16 graph the range is checked on the same inputs.
+    """
     dtype, spec = graph.weight_map.dtype, component_spec(graph.component, graph.config)
-    module, session = _torch_module(graph), _session(graph)
     low, high = max(8, 2 * spec.multiple), max(12, 3 * spec.multiple)
-    errors, largest = [], _Largest()
-    for seed, (batch, height, width) in enumerate(((2, low, high), (1, high, low))):
-        inputs = make_inputs(
-            spec, graph.config, dtype, batch=batch, height=height, width=width, seed=seed
-        )
-        found = session.run([t.name for t in spec.outputs], inputs)
-        with largest:
-            expected = _run_torch(module, inputs)
-        errors += [_relative_error(f, e) for f, e in zip(found, expected, strict=True)]
-    worst, tolerance = float(np.max(errors)), PARITY_TOLERANCE[dtype]  # a NaN stays one in np.max
-    checks = [
-        Check(
-            name=f"parity {graph.component}",
-            passed=worst <= tolerance,
-            detail=f"onnxruntime differs from torch in fp32 by {worst:.1e} of the output, "
-            f"{tolerance:.0e} allowed",
-            tensors=() if worst <= tolerance else (graph.component,),
-            tolerance=tolerance,
+    inputs = [
+        make_inputs(spec, graph.config, dtype, batch=batch, height=height, width=width, seed=seed)
+        for seed, (batch, height, width) in enumerate(((2, low, high), (1, high, low)))
+    ]
+    checks = [_parity(graph, inputs, [t.name for t in spec.outputs])]
+    return checks + ([_range(graph, inputs)] if dtype == "fp16" else [])
+
+
+def _parity(graph: Graph, inputs: Sequence[Feeds], outputs: list[str]) -> Check:
+    module, session = torch_module(graph, torch.float32), graph.session()
+    errors = [
+        _relative_error(found, expected)
+        for feeds in inputs
+        for found, expected in zip(
+            session.run(outputs, feeds), _run_torch(module, feeds), strict=True
         )
     ]
-    return checks + ([largest.check(graph.component)] if dtype == "fp16" else [])
+    tolerance = PARITY_TOLERANCE[graph.weight_map.dtype]
+    worst = float(np.max(errors))  # a NaN stays one in np.max
+    return Check(
+        name=f"parity {graph.component}",
+        passed=worst <= tolerance,
+        detail=f"onnxruntime differs from torch in fp32 by {worst:.1e} of the output, "
+        f"{tolerance:.0e} allowed",
+        tensors=() if worst <= tolerance else (graph.component,),
+        tolerance=tolerance,
+    )
 
 
-class _Largest(TorchFunctionMode):
-    """Watches what goes into and comes out of layers, and attention scores, for the largest number.
+def _range(graph: Graph, inputs: Sequence[Feeds]) -> Check:
+    """Every value of the graph that is fp16 stays in its range.
 
     onnxruntime computes fp16 graphs in fp32 on a CPU, so only this tells that a GPU would overflow
-    to infinity and draw black pictures. Masks of minus infinity go through none of these.
+    to infinity and draw black pictures.
     """
-
-    LAYERS = frozenset({"linear", "conv2d", "group_norm", "layer_norm"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value, self.where = 0.0, "nowhere"
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.__name__ in self.LAYERS:
-            self._look(f"what goes into {func.__name__}", args[0])
-            self._look(f"what comes out of {func.__name__}", out)
-        elif func is torch.nn.functional.scaled_dot_product_attention:
-            query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
-            self._look("attention scores", query @ key.mT / math.sqrt(query.shape[-1]))
-        return out
-
-    def _look(self, where: str, tensor: Tensor) -> None:
-        value = float(tensor.abs().max())
-        if not (value <= self.value or math.isnan(self.value)):  # true of NaN, which then stays
-            self.value, self.where = value, where
-
-    def check(self, component: str) -> Check:
-        limit = float(np.finfo(np.float16).max)
+    runner = Watched(graph)
+    try:
+        with runner:
+            for feeds in inputs:
+                runner.infer(feeds)
+    except VerificationError as e:
         return Check(
-            name=f"range {component}",
-            passed=self.value <= limit,
-            detail=f"the largest intermediate number is {self.value:.3g} ({self.where}), "
-            f"fp16 ends at {limit:.0f}",
-            tensors=() if self.value <= limit else (component,),
-            tolerance=limit,
+            name=f"range {graph.component}",
+            passed=False,
+            detail=str(e),
+            tensors=(graph.component,),
+            tolerance=LIMIT,
         )
-
-
-def _torch_module(graph: Graph) -> torch.nn.Module:
-    module = architecture(graph.component, graph.config)
-    names = parameter_names(graph.component, module)
-    try:
-        state = {names[entry.key]: graph.read(t).float() for t, entry in graph.weights()}
-        module.load_state_dict(state, assign=True, strict=True)
-    except (KeyError, RuntimeError) as e:
-        raise InputError(
-            f"{graph.directory}: the weights do not fit config.json; export the model again"
-        ) from e
-    return module
-
-
-def _session(graph: Graph) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as e:
-        raise InputError(
-            "parity needs onnxruntime, which is not installed; `pip install sdcompress[cpu]`, or "
-            "verify without parity"
-        ) from e
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(
-            str(graph.directory / MODEL), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as e:  # onnxruntime's own exceptions share no base class
-        raise InputError(
-            f"{graph.directory / MODEL}: onnxruntime cannot open it "
-            f"({str(e).splitlines()[0]}); export the model again"
-        ) from e
+    where, largest = max(runner.largest.items(), key=lambda item: item[1])
+    maker = next(node for node in graph.proto.graph.node if where in node.output)
+    beyond = [value for value, met in runner.largest.items() if met > LIMIT]
+    fix = "; export with --calibrate" if beyond else ""
+    return Check(
+        name=f"range {graph.component}",
+        passed=not beyond,
+        detail=f"the largest fp16 number is {largest:.3g} (out of "
+        f"{layer_of(maker, graph.weight_map)}), fp16 ends at {LIMIT:.0f}{fix}",
+        tensors=tuple(f"{graph.component}/{value}" for value in beyond[:NAMED]),
+        tolerance=LIMIT,
+    )
 
 
 def _run_torch(module: torch.nn.Module, inputs: dict[str, Any]) -> list[np.ndarray[Any, Any]]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.backends import Runner, open_component
-from export.specs import COMPONENTS, component_spec
-from sdcompress.errors import InputError, SdcompressError
+from export.backends import Runner, load_backend, open_component
+from export.residency import Components, Residency
+from export.specs import component_spec
+from sdcompress.errors import InputError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,11 +55,40 @@ class Geometry:
         return self.channels, height // self.scale, width // self.scale
 
 
-@contextmanager
-def open_runners(engine: Path) -> Iterator[dict[str, Runner]]:
-    """Load all components of an engine bundle; they are closed when the block ends."""
-    with ExitStack() as stack:
-        yield {c: stack.enter_context(open_component(engine, c)) for c in COMPONENTS}
+def check_sizes(
+    details: Mapping[str, Any], geometry: Geometry, guidance: float, height: int, width: int
+) -> None:
+    """Refuse a picture that an engine of fixed shapes was not built for.
+
+    `details` are those of its manifest; without `sizes` the engine takes any. One picture is made
+    at a time, of `height` x `width` pixels, in two branches with `guidance` above 1.
+
+    Raises:
+        UsageError: which names the options of `build` that make an engine for it.
+    """
+    built = details.get("sizes")
+    if not built:
+        return
+    default = geometry.default_size
+    asked = (1, guidance > 1, height, width)
+    fixed = (
+        built["images"],
+        built["guided"],
+        built["height"] or default,
+        built["width"] or default,
+    )
+    if asked == fixed:
+        return
+
+    def say(images: int, guided: bool, height: int, width: int) -> str:
+        many = f"{images} picture{'s' if images > 1 else ''} at once"
+        return f"{many} of {height}×{width} pixels {'with' if guided else 'without'} guidance"
+
+    flags = f"--height {height} --width {width}{'' if guidance > 1 else ' --no-guidance'}"
+    raise UsageError(
+        f"the engine was built for {say(*fixed)}, asked is {say(*asked)}; "
+        f"build it again with {flags}, or ask for what it was built for"
+    )
 
 
 def generate(
@@ -72,31 +101,45 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     negative_prompt: str = "",
+    residency: Residency = "resident",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image]:
     """One picture for each prompt and its seed.
 
     Pictures are made one at a time from latents drawn from their own seed, so that a picture does
     not depend on the others in the list. With `guidance` <= 1 there is no second, unconditional
-    branch (as distilled models want it). `progress(done, total)` counts pictures.
+    branch (as distilled models want it). All prompts are encoded, then all latents denoised, then
+    all decoded, so that with `residency` "sequential" each component is loaded once, on its own;
+    the pictures are the same. `progress(done, total)` counts those denoised.
 
     Raises:
-        UsageError: a size that does not fit the model, or lists of different lengths.
-        SdcompressError: a component gave NaN or infinity.
+        UsageError: a size that does not fit the model or the engine, lists of different lengths,
+            or an engine that cannot run here.
+        VerificationError: a component gave NaN or infinity, or a picture is black all over.
     """
+    from sdcompress.bundle import Bundle
     from sdcompress.evaluation.images import check_request
 
     check_request(prompts, seeds, steps)
-    shape = Geometry.read(engine).latent_shape(height, width)
-    tokens = tokenize(engine, [negative_prompt, *prompts])
-    pictures = []
-    with open_runners(engine) as runners:
-        painter = _Painter(engine, runners, steps, guidance)
-        for i, seed in enumerate(seeds):
-            pictures.append(painter.paint(tokens[i + 1], tokens[0], seed, shape))
-            if progress:
-                progress(i + 1, len(seeds))
-    return pictures
+    geometry = Geometry.read(engine)
+    shape = geometry.latent_shape(height, width)
+    details = Bundle.open(engine, stages=("engine",)).manifest.details
+    check_sizes(details, geometry, guidance, shape[1] * geometry.scale, shape[2] * geometry.scale)
+    if why := load_backend(str(details["backend"])).why_not_run(details):
+        raise UsageError(f"{engine}: cannot run here: {why}")
+    negative, *positive = tokenize(engine, [negative_prompt, *prompts])
+    painter = _Painter(engine, steps, guidance)
+    with Components(lambda component: open_component(engine, component), residency) as components:
+        with components.use("text_encoder") as encoder:
+            contexts = [painter.encode(encoder, negative, tokens) for tokens in positive]
+        latents = []
+        with components.use("unet") as unet:
+            for i, (context, seed) in enumerate(zip(contexts, seeds, strict=True)):
+                latents.append(painter.denoise(unet, context, seed, shape))
+                if progress:
+                    progress(i + 1, len(seeds))
+        with components.use("vae_decoder") as decoder:
+            return [painter.decode(decoder, one) for one in latents]
 
 
 def tokenize(engine: Path, prompts: Sequence[str]) -> NDArray[np.int64]:
@@ -122,35 +165,31 @@ def tokenize(engine: Path, prompts: Sequence[str]) -> NDArray[np.int64]:
 
 
 class _Painter:
-    """Makes single pictures; the models and the settings stay the same between them."""
+    """The three steps to a single picture; models and settings stay the same between pictures."""
 
-    def __init__(
-        self, engine: Path, runners: dict[str, Runner], steps: int, guidance: float
-    ) -> None:
-        self._runners, self._steps, self._guidance = runners, steps, guidance
+    def __init__(self, engine: Path, steps: int, guidance: float) -> None:
+        self._steps, self._guidance = steps, guidance
         self._scheduler_folder = engine / "scheduler"
         self._scaling_factor = Geometry.read(engine).scaling_factor
 
-    def paint(
-        self,
-        tokens: NDArray[np.int64],
-        negative_tokens: NDArray[np.int64],
-        seed: int,
-        shape: tuple[int, int, int],
-    ) -> Image:
+    def encode(
+        self, encoder: Runner, negative: NDArray[np.int64], tokens: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Hidden states [1, 77, C] of the prompt, or [2, 77, C] with those of the negative one."""
+        import numpy as np
+
+        ids = np.stack([negative, tokens] if self._guidance > 1 else [tokens])
+        return _infer(encoder, "text_encoder", {"input_ids": ids}, "last_hidden_state")
+
+    def denoise(
+        self, unet: Runner, context: NDArray[Any], seed: int, shape: tuple[int, int, int]
+    ) -> NDArray[Any]:
+        """Latents [1, *shape] as the decoder wants them."""
         import numpy as np
         import torch
 
-        from sdcompress.evaluation.images import (
-            initial_latents,
-            load_scheduler,
-            step_arguments,
-            to_picture,
-        )
+        from sdcompress.evaluation.images import initial_latents, load_scheduler, step_arguments
 
-        guided = self._guidance > 1
-        ids = np.stack([negative_tokens, tokens] if guided else [tokens])
-        context = self._infer("text_encoder", {"input_ids": ids}, "last_hidden_state", "")
         scheduler = load_scheduler(self._scheduler_folder)
         scheduler.set_timesteps(self._steps)
         generator = torch.Generator().manual_seed(seed)
@@ -158,48 +197,53 @@ class _Painter:
         extra = step_arguments(scheduler, generator)
         for i, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(latents, timestep).numpy()
-            predicted = self._infer(
+            predicted = _infer(
+                unet,
                 "unet",
                 {
-                    "sample": np.repeat(scaled, len(ids), axis=0),
-                    "timestep": self._timestep(float(timestep)),
+                    "sample": np.repeat(scaled, len(context), axis=0),
+                    "timestep": _timestep(unet, float(timestep)),
                     "encoder_hidden_states": context,
                 },
                 "out_sample",
                 f" at step {i + 1} of {len(scheduler.timesteps)}",
             ).astype(np.float32)
-            if guided:
+            if len(context) == 2:
                 without, with_prompt = predicted[:1], predicted[1:]
                 predicted = without + self._guidance * (with_prompt - without)
             latents = scheduler.step(
                 torch.from_numpy(predicted), timestep, latents, **extra
             ).prev_sample
-        latents = latents / self._scaling_factor
-        return to_picture(
-            self._infer("vae_decoder", {"latent_sample": latents.numpy()}, "sample", "")[0]
-        )
+        scaled_back: NDArray[Any] = (latents / self._scaling_factor).numpy()
+        return scaled_back
 
-    def _timestep(self, value: float) -> NDArray[Any]:
-        """The timestep as the graph wants it: a scalar or a vector of one, whole if it must be."""
-        import numpy as np
+    def decode(self, decoder: Runner, latents: NDArray[Any]) -> Image:
+        from sdcompress.evaluation.images import to_picture
 
-        wanted = self._runners["unet"].inputs["timestep"]
-        if wanted.dtype.kind == "i":  # some schedulers put steps between those of the training
-            value = round(value)
-        return np.full((1,) * len(wanted.shape), value)
+        return to_picture(_infer(decoder, "vae_decoder", {"latent_sample": latents}, "sample")[0])
 
-    def _infer(
-        self, component: str, feeds: dict[str, NDArray[Any]], output: str, where: str
-    ) -> NDArray[Any]:
-        import numpy as np
 
-        result = self._runners[component].infer(feeds)[output]
-        if not np.isfinite(result).all():
-            raise SdcompressError(
-                f"{component}: gave NaN or infinity{where} (in fp16 mostly an overflow, seen as a "
-                "black picture); export with dtype fp32, or prune less"
-            )
-        return result
+def _timestep(unet: Runner, value: float) -> NDArray[Any]:
+    """The timestep as the graph wants it: a scalar or a vector of one, whole if it must be."""
+    import numpy as np
+
+    wanted = unet.inputs["timestep"]
+    if wanted.dtype.kind == "i":  # some schedulers put steps between those of the training
+        value = round(value)
+    return np.full((1,) * len(wanted.shape), value)
+
+
+def _infer(
+    runner: Runner, component: str, feeds: dict[str, NDArray[Any]], output: str, where: str = ""
+) -> NDArray[Any]:
+    import numpy as np
+
+    from sdcompress.evaluation.images import OVERFLOW_FIX
+
+    result = runner.infer(feeds)[output]
+    if not np.isfinite(result).all():
+        raise VerificationError(f"{component}: gave NaN or infinity{where}: {OVERFLOW_FIX}")
+    return result
 
 
 def _config(path: Path) -> Any:

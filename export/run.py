@@ -3,6 +3,9 @@
     model ─┬─────────── export ─ build ─┐
            └─ prune ─── export ─ build ─┴─ verify, pictures, bench ─ page
 
+An engine that cannot run here is built all the same; pictures and figures then wait for the device,
+which gets a bundle of its own.
+
 A stage is skipped when the digests of its inputs, its settings and the tools are what they were
 and its output is still what it wrote then.
 """
@@ -16,15 +19,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from export.backends import load_backend
+from export.backends import Backend, load_backend
 from export.pipeline import Geometry
+from export.specs import Sizes
+from export.targets import Target, load_target
 from sdcompress.bundle import (
     Bundle,
     locked,
@@ -39,23 +44,27 @@ from sdcompress.catalog import read_catalog
 from sdcompress.errors import InputError, UsageError, VerificationError
 from sdcompress.plan import make_plan
 from sdcompress.recipe import Recipe
-from sdcompress.report import write_report
+from sdcompress.report import picture_quality, write_report
 from sdcompress.results import Results
+
+if TYPE_CHECKING:
+    from export.ranges import Ranges
 
 STATE = "state.json"
 RESULTS = "results.json"
 PAGE = "report.html"
+DEVICE = "device.tar"
 TWINS = ("dense", "sparse")
 VERIFY = {"dense": "verify-dense.json", "sparse": "verify.json"}
-# In the order of the work. "pruned" belongs to the sparse twin; "bench" needs both.
-STAGES = (
-    "pruned",
-    *(f"{kind}/{twin}" for kind in ("onnx", "verify", "engine", "images") for twin in TWINS),
-    "bench",
-)
+# In the order of the work. "pruned" belongs to the sparse twin; BOTH need both. Ranges are recorded
+# only where the recipe calibrates, and a device bundle is made only for a target.
+KINDS = ("ranges", "onnx", "verify", "engine", "images")
+BOTH = ("device", "bench")
+STAGES = ("pruned", *(f"{kind}/{twin}" for kind in KINDS for twin in TWINS), *BOTH)
 
 Make = Callable[[Bundle, Path], Bundle]
 Announce = Callable[[str, bool], None]  # a stage, and whether it was done before
+Tell = Callable[[str], None]  # what is being done, in a few words
 
 
 @dataclass
@@ -97,7 +106,13 @@ class Workspace:
     def output(self, stage: str) -> Path:
         """The file or directory a stage makes."""
         kind, _, twin = stage.partition("/")
-        return self.path / {"verify": VERIFY.get(twin), "bench": RESULTS}.get(kind, stage)  # type: ignore[operator]
+        special = {
+            "ranges": f"ranges-{twin}.json",
+            "verify": VERIFY.get(twin, ""),
+            "device": DEVICE,
+            "bench": RESULTS,
+        }
+        return self.path / special.get(kind, stage)
 
     def bundle(self, stage: str, key: str, make: Callable[[Path], Bundle]) -> tuple[Bundle, bool]:
         """The bundle of a stage, made now unless it is there; and whether it was there."""
@@ -141,7 +156,7 @@ class Workspace:
         # and a page with yesterday's figures beside today's recipe would lie.
         (self.path / PAGE).unlink(missing_ok=True)
         for later in STAGES[STAGES.index(stage) + 1 :]:
-            if later == "bench" or _twin(later) == _twin(stage):
+            if later in BOTH or _twin(later) == _twin(stage):
                 self.drop(later)
 
     def _timed(self, stage: str, make: Callable[[], Any]) -> Any:
@@ -182,6 +197,7 @@ def run(
     command: str,
     fresh: bool = False,
     announce: Announce = lambda stage, done: None,
+    tell: Tell = lambda what: None,
 ) -> Path:
     """Run every stage into `out` and return the page.
 
@@ -191,59 +207,225 @@ def run(
     """
     if source.path.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"{source.path}: lies inside the output {out}; choose another --output")
-    load_backend(recipe.engine.backend).check(recipe.engine.options)
-    asked = sampling(recipe, source)
-    Geometry.read(source.path, "vae").latent_shape(asked["height"], asked["width"])
-    make_plan(recipe, read_catalog(source.path))
+    job = _Job.check(recipe, source)
     with Workspace.open(out, fresh=fresh) as place:
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         write_text(out / "recipe.yaml", text)
-        engines = _engines(place, source, recipe, announce)
-        _pictures(place, recipe, engines, asked, announce)
-        _bench(place, recipe, engines, asked, command, announce)
-        write_json(out / "log.json", {"seconds": place.seconds, "command": command})
+        onnx = _onnx(place, source, recipe, job.sampling, announce)
+        engines = _engines(place, recipe, job, onnx, announce, tell)
+        log: dict[str, Any] = {"seconds": place.seconds, "command": command}
+        if why := job.backend.why_not_run(engines["dense"].manifest.details):
+            log["not_measured"] = why
+            for stage in (*(f"images/{twin}" for twin in TWINS), "bench"):
+                place.drop(stage)
+        else:
+            _pictures(place, recipe, engines, job.sampling, announce)
+        _device(place, recipe, job, onnx, needed=why is not None, announce=announce)
+        if not why:
+            _bench(place, recipe, engines, job.sampling, command, announce)
+        write_json(out / "log.json", log)
         page = write_report(out)
         announce("report", False)
     return page
 
 
-def _engines(
-    place: Workspace, source: Bundle, recipe: Recipe, announce: Announce
+@dataclass(frozen=True)
+class _Job:
+    """What a recipe means for a model on this machine, found to be possible."""
+
+    backend: Backend
+    target: Target | None
+    sampling: dict[str, Any]
+
+    @classmethod
+    def check(cls, recipe: Recipe, source: Bundle) -> _Job:
+        """Raises UsageError for what would fail later, before anything slow."""
+        target = load_target(recipe.target) if recipe.target else None
+        job = cls(load_backend(recipe.engine.backend), target, sampling(recipe, source))
+        job.backend.check(recipe.engine.options, job.built_for)
+        asked = job.sampling
+        Geometry.read(source.path, "vae").latent_shape(asked["height"], asked["width"])
+        make_plan(recipe, read_catalog(source.path))
+        return job
+
+    @property
+    def built_for(self) -> Target | None:
+        """The target, if the engines are made for it; None if they are made for this machine."""
+        serves = self.target and self.backend.name in self.target.backends
+        return self.target if serves else None
+
+    @property
+    def sizes(self) -> Sizes:
+        asked = self.sampling
+        return Sizes(1, asked["guidance"] > 1, asked["height"], asked["width"])
+
+
+def _onnx(
+    place: Workspace,
+    source: Bundle,
+    recipe: Recipe,
+    sampling: dict[str, Any],
+    announce: Announce,
 ) -> dict[str, Bundle]:
-    """Prune, export, verify and build: the engines of both twins."""
+    """Prune, export and verify: the ONNX bundles of both twins."""
     from export.to_onnx import export_bundle
     from sdcompress.prune import DECIDES, prune
 
-    backend = load_backend(recipe.engine.backend)
-    dtype, options = recipe.export.dtype, dict(recipe.engine.options)
+    asked = recipe.export
 
-    def bundle(stage: str, settings: Any, make: Make, parent: Bundle) -> Bundle:
-        key = _key(stage, settings, parent)
-        made, done = place.bundle(stage, key, partial(make, parent))
-        announce(stage, done)
-        return made
-
-    def both(kind: str, settings: Any, make: Make, of: Mapping[str, Bundle]) -> dict[str, Bundle]:
-        return {twin: bundle(f"{kind}/{twin}", settings, make, of[twin]) for twin in TWINS}
-
-    def export(weights: Bundle, path: Path) -> Bundle:
-        return export_bundle(weights, path, dtype=dtype, replace=True)
-
-    def build(onnx: Bundle, path: Path) -> Bundle:
-        return backend.build(onnx, path, options=options, replace=True)
-
-    pruned = bundle(
+    pruned = _bundle(
+        place,
         "pruned",
         recipe.model_dump(mode="json", include=DECIDES),
         lambda parent, path: prune(parent, recipe, path, replace=True),
         source,
+        announce,
     )
     weights = {"dense": source, "sparse": pruned}
-    onnx = both("onnx", {"dtype": dtype}, export, weights)
+    ranges = _ranges(place, recipe, weights, sampling, announce)
+
+    def export(parent: Bundle, path: Path) -> Bundle:
+        return export_bundle(
+            parent,
+            path,
+            dtype=asked.dtype,
+            upcast_attention=asked.upcast_attention,
+            keep_fp32=ranges,
+            replace=True,
+        )
+
+    settings = {
+        "dtype": asked.dtype,
+        "upcast_attention": asked.upcast_attention,
+        "keep_fp32": ranges.beyond_fp16() if ranges else None,
+    }
+    onnx = {
+        twin: _bundle(place, f"onnx/{twin}", settings, export, weights[twin], announce)
+        for twin in TWINS
+    }
     for twin in TWINS:
         _verify(place, twin, onnx[twin], weights[twin], announce)
-    settings = {"backend": recipe.engine.backend, "options": options, "runtime": runtime_versions()}
-    return both("engine", settings, build, onnx)
+    return onnx
+
+
+def _bundle(
+    place: Workspace,
+    stage: str,
+    settings: Any,
+    make: Make,
+    parent: Bundle,
+    announce: Announce,
+) -> Bundle:
+    key = _key(stage, settings, parent)
+    made, done = place.bundle(stage, key, partial(make, parent))
+    announce(stage, done)
+    return made
+
+
+def _ranges(
+    place: Workspace,
+    recipe: Recipe,
+    weights: Mapping[str, Bundle],
+    sampling: dict[str, Any],
+    announce: Announce,
+) -> Ranges | None:
+    """The largest numbers either twin meets on the recipe's prompts; None if not asked for.
+
+    Both twins keep the same layers in fp32, so that they remain the same graph.
+    """
+    from export.ranges import Ranges, record_ranges
+
+    asked = recipe.export
+    prompts = recipe.pictures.prompts[: asked.calibrate]
+    if asked.dtype != "fp16" or not asked.calibrate:
+        for twin in TWINS:
+            place.drop(f"ranges/{twin}")
+        return None
+    settings = {
+        **sampling,
+        "prompts": prompts,
+        "seed": recipe.pictures.seed,
+    }
+
+    def make(twin: str, target: Path) -> None:
+        write_text(
+            target, record_ranges(weights[twin], **settings).model_dump_json(indent=1) + "\n"
+        )
+
+    found = []
+    for twin in TWINS:
+        stage = f"ranges/{twin}"
+        key = _key(stage, {**settings, "runtime": runtime_versions()}, weights[twin])
+        announce(stage, place.files(stage, key, partial(make, twin)))
+        found.append(Ranges.read(place.output(stage)))
+    return found[0].merge(found[1])
+
+
+def _engines(
+    place: Workspace,
+    recipe: Recipe,
+    job: _Job,
+    onnx: Mapping[str, Bundle],
+    announce: Announce,
+    tell: Tell,
+) -> dict[str, Bundle]:
+    """The engines of both twins, built with the same settings."""
+    options = dict(recipe.engine.options)
+
+    def build(parent: Bundle, path: Path) -> Bundle:
+        return job.backend.build(
+            parent,
+            path,
+            target=job.built_for,
+            sizes=job.sizes,
+            options=options,
+            replace=True,
+            progress=lambda name, phase, done, steps: tell(f"{name}: {phase}, {done} of {steps}"),
+        )
+
+    settings = {
+        "backend": job.backend.name,
+        "options": options,
+        "target": job.built_for.model_dump(mode="json") if job.built_for else None,
+        "sizes": asdict(job.sizes),
+        "runtime": runtime_versions(),
+    }
+    return {
+        twin: _bundle(place, f"engine/{twin}", settings, build, onnx[twin], announce)
+        for twin in TWINS
+    }
+
+
+def _device(
+    place: Workspace,
+    recipe: Recipe,
+    job: _Job,
+    onnx: Mapping[str, Bundle],
+    *,
+    needed: bool,
+    announce: Announce,
+) -> None:
+    """The bundle that builds and measures on the target, unless that has been done here."""
+    from export.device_bundle import write_device_bundle
+
+    target, stage = job.target, "device"
+    if target is None or not (needed or job.built_for is None):
+        place.drop(stage)
+        return
+    settings = {"target": target.model_dump(mode="json"), "sizes": asdict(job.sizes)}
+
+    def make(path: Path) -> None:
+        write_device_bundle(
+            onnx["dense"],
+            onnx["sparse"],
+            path,
+            target=target,
+            sizes=job.sizes,
+            steps=job.sampling["steps"],
+            replace=True,
+        )
+
+    announce(stage, place.files(stage, _key(stage, settings, *onnx.values()), make))
 
 
 def _verify(place: Workspace, twin: str, onnx: Bundle, weights: Bundle, announce: Announce) -> None:
@@ -272,7 +454,7 @@ def _pictures(
     from export.pipeline import generate
     from sdcompress.evaluation.images import save
 
-    prompts = recipe.pictures.prompts
+    prompts, residency = recipe.pictures.prompts, recipe.bench.residency
     seeds = [recipe.pictures.seed + i for i in range(len(prompts))]
     asked = {"prompts": list(prompts), "seeds": seeds, "runtime": runtime_versions(), **settings}
     for twin, engine in engines.items():
@@ -282,7 +464,7 @@ def _pictures(
             continue
 
         def make(target: Path, engine: Bundle = engine) -> None:
-            pictures = generate(engine.path, prompts, seeds, **settings)
+            pictures = generate(engine.path, prompts, seeds, residency=residency, **settings)
             with staging(target, replace=True) as work:
                 save(pictures, work, prompts, seeds, **settings)
 
@@ -299,12 +481,13 @@ def _bench(
 ) -> None:
     from export.bench import bench, machine
 
-    settings = {**sampling, "rounds": recipe.bench.rounds, "budget": recipe.bench.budget}
+    settings = {**sampling, **recipe.bench.model_dump()}
     if recipe.pictures.prompts:
         settings["prompt"] = recipe.pictures.prompts[0]
 
     def make(target: Path) -> None:
         results: Results = bench(engines["dense"], engines["sparse"], command=command, **settings)
+        results = results.model_copy(update={"quality": picture_quality(place.path)})
         write_text(target, results.model_dump_json(indent=1) + "\n")
 
     where = {"settings": settings, "runtime": runtime_versions(), "machine": machine()}

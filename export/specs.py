@@ -33,9 +33,26 @@ class TensorSpec:
     def numpy_dtype(self, dtype: DTypeName) -> str:
         return NUMPY_DTYPES[dtype] if self.dtype == "float" else self.dtype
 
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with every free axis at its size."""
-        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+        return tuple(axis if isinstance(axis, int) else axes[axis] for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an engine of fixed shapes is made for: pictures at once, guided or not, their pixels.
+
+    None means the model's own height and width.
+    """
+
+    images: int = 1
+    guided: bool = True
+    height: int | None = None
+    width: int | None = None
+
+    def batch(self, component: str) -> int:
+        """With guidance, text encoder and UNet see each picture twice: without its prompt too."""
+        return self.images * (2 if self.guided and component != "vae_decoder" else 1)
 
 
 @dataclass(frozen=True)
@@ -136,10 +153,10 @@ def make_inputs(
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
+    free = {"batch": batch, "height": height, "width": width, "tokens": tokens}
     made: dict[str, np.ndarray[Any, Any]] = {}
     for tensor in spec.inputs:
-        shape, kind = tensor.shape(sizes), tensor.numpy_dtype(dtype)
+        shape, kind = tensor.shape(free), tensor.numpy_dtype(dtype)
         if tensor.name == "input_ids":
             made[tensor.name] = rng.integers(0, config["vocab_size"] - 1, shape).astype(kind)
             made[tensor.name][:, -1] = config["vocab_size"] - 1
@@ -151,6 +168,14 @@ def make_inputs(
                 values /= config.get("scaling_factor", 1.0)  # as pipelines do before decoding
             made[tensor.name] = values.astype(kind)
     return made
+
+
+def static_shapes(
+    component: str, config: Mapping[str, Any], batch: int, height: int, width: int, tokens: int
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each input at one batch, latent height and width, and length of the prompt."""
+    free = {"batch": batch, "height": height, "width": width, "tokens": tokens}
+    return {t.name: t.shape(free) for t in component_spec(component, config).inputs}
 
 
 # Names that VAE checkpoints from before diffusers 0.18 use for their one attention; diffusers

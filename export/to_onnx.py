@@ -8,6 +8,7 @@ versions only. `fill` then streams the real weights to the places the map names.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import warnings
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
@@ -24,6 +25,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from export.precision import (
+    MOVES,
+    attention_scores,
+    fp32_products,
+    keep_in_fp32,
+    touching,
+    wrong_product_dtypes,
+)
 from export.specs import (
     COMPONENTS,
     MODEL_OF,
@@ -52,10 +61,13 @@ from sdcompress.errors import InputError, UsageError
 from sdcompress.prune import read_finite, record_tensor
 from sdcompress.safetensors_io import TensorInfo, raw_bytes
 
+if TYPE_CHECKING:
+    from export.ranges import Ranges
+
 MODEL = "model.onnx"
 TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp16": torch.float16, "fp32": torch.float32}
 RECORD_DTYPES: dict[DTypeName, str] = {"fp16": "F16", "fp32": "F32"}  # as safetensors calls them
-PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
+UpcastAttention = Literal["auto", "on", "off"]
 Progress = Callable[[str, int], None]  # what, how many bytes of weights were done
 
 
@@ -65,10 +77,20 @@ def _silent(what: str, nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The serialised graph, its weights all external and not there yet, and the map to them."""
+    """The serialised graph, its weights all external and not there yet, and the map to them.
+
+    What an fp16 graph computes in fp32: `fp32_layers` to keep numbers in range, named after their
+    weights or else their nodes, and `fp32_products` are all the nodes that multiply in fp32.
+    """
 
     model: bytes
     weight_map: WeightMap
+    fp32_layers: tuple[str, ...] = ()
+    fp32_products: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.model).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -89,13 +111,19 @@ def export_bundle(
     dtype: DTypeName = "fp16",
     opset: int = OPSET,
     components: Sequence[str] = COMPONENTS,
+    upcast_attention: UpcastAttention = "auto",
+    keep_fp32: Ranges | None = None,
     replace: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
     """Export a weight bundle to ONNX in the layout optimum's pipelines load.
 
+    In an fp16 graph, `upcast_attention` computes the UNet's attention scores and their softmax in
+    fp32 (`auto`: where its config asks for that), and `keep_fp32` every value that left the range
+    of fp16 when the ranges were recorded; the bundle then holds them as `ranges.json`.
+
     Raises:
-        UsageError: an opset the exporter cannot write.
+        UsageError: an opset the exporter cannot write, or ranges of another graph or for fp32.
         InputError: `out` exists and `replace` is not given, or a tensor is missing, unknown, not
             finite or too large for `dtype`.
     """
@@ -103,12 +131,24 @@ def export_bundle(
     plan = source.manifest.plan
     tensors: dict[str, dict[str, TensorRecord]] = {}
     underflow: dict[str, dict[str, int]] = {}
+    layers: dict[str, list[str]] = {}
+    products: dict[str, list[str]] = {}
+    upcast = False
+    if keep_fp32 and dtype != "fp16":
+        raise UsageError(f"{dtype} needs no layer kept in fp32; leave out the ranges")
     with staging(out, replace=replace) as work:
         linked = _carry_over(source, components, work)
         for component in components:
             progress(f"tracing {component}", 0)
-            skeleton = build_skeleton(component, read_config(work, component), dtype, opset)
-            model = MODEL_OF[component]
+            config, model = read_config(work, component), MODEL_OF[component]
+            skeleton = build_skeleton(component, config, dtype, opset)
+            if dtype == "fp16":
+                scores = _upcast(component, config, upcast_attention)
+                kept = keep_fp32.kept(component, skeleton.digest) if keep_fp32 else ()
+                skeleton = widen(skeleton, kept, upcast_attention=scores)
+                layers[component] = list(skeleton.fp32_layers)
+                products[component] = list(skeleton.fp32_products)
+                upcast |= scores
             filled = fill(
                 skeleton,
                 {i.name: i for h in catalog.headers[model] for i in h.tensors.values()},
@@ -117,6 +157,8 @@ def export_bundle(
                 progress=progress,
             )
             tensors[model], underflow[model] = filled.records, filled.underflow
+        if keep_fp32:
+            keep_fp32.write(work)
         manifest = Manifest(
             stage="onnx",
             parent=source.digest,
@@ -130,6 +172,9 @@ def export_bundle(
                 "opset": opset,
                 "components": list(components),
                 "underflow": {model: zeros for model, zeros in underflow.items() if zeros},
+                "upcast_attention": upcast,
+                "kept_fp32": {c: names for c, names in layers.items() if names},
+                "fp32_products": {c: names for c, names in products.items() if names},
             },
         )
         seal(work, manifest, linked=linked)
@@ -412,20 +457,47 @@ def _externalise(
     )
 
 
-def wrong_product_dtypes(model: onnx.ModelProto, dtype: DTypeName) -> list[str]:
-    """The inputs of matrix products and convolutions that are not of `dtype`."""
-    expected = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(NUMPY_DTYPES[dtype]))
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=False).graph
-    types = {t.name: t.data_type for t in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        types[value.name] = value.type.tensor_type.elem_type
-    return [
-        f"{node.name}: {name}"
-        for node in graph.node
-        if node.op_type in PRODUCTS
-        for name in node.input
-        if name and types.get(name) != expected
+# fp32 where fp16 is too narrow.
+
+
+def _upcast(component: str, config: Mapping[str, Any], asked: UpcastAttention) -> bool:
+    """Of the three only the UNet's config has such a key, and only its scores overflow."""
+    if component != "unet" or asked == "off":
+        return False
+    return asked == "on" or bool(config.get("upcast_attention"))
+
+
+def widen(skeleton: Skeleton, kept: Collection[str], *, upcast_attention: bool) -> Skeleton:
+    """The skeleton with the values `kept`, and attention scores if asked, in fp32.
+
+    Weights and map stay as they are. Where there is nothing to keep the same skeleton comes back.
+    """
+    model = onnx.load_from_string(skeleton.model)
+    scores = attention_scores(model) if upcast_attention else set()
+    if not (scores or kept):
+        return skeleton
+    layers = [
+        layer_of(node, skeleton.weight_map)
+        for node in touching(model, {*kept} - scores)
+        if node.op_type not in MOVES
     ]
+    model = keep_in_fp32(model, {*kept, *scores})
+    products = tuple(fp32_products(model))
+    assert not wrong_product_dtypes(model, skeleton.weight_map.dtype, products)
+    return Skeleton(
+        model.SerializeToString(deterministic=True),
+        skeleton.weight_map,
+        fp32_layers=tuple(dict.fromkeys(layers)),
+        fp32_products=products,
+    )
+
+
+def layer_of(node: onnx.NodeProto, weight_map: WeightMap) -> str:
+    """The module whose weight a node reads, or the node's own name if it reads none."""
+    for name in node.input:
+        if entry := weight_map.initializers.get(name):
+            return entry.key.rpartition(".")[0]
+    return node.name
 
 
 # The weights: safetensors → external data.

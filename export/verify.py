@@ -23,8 +23,10 @@ from torch import Tensor
 
 from export.graph import Graph, external, open_graphs, record_dtype
 from export.parity import check_parity
+from export.precision import FP32, element_types, wrong_product_dtypes
+from export.ranges import RANGES, Ranges
 from export.specs import canonical_key, unused_key
-from export.to_onnx import MODEL, RECORD_DTYPES, wrong_product_dtypes
+from export.to_onnx import MODEL, RECORD_DTYPES
 from sdcompress.bundle import Bundle, Manifest
 from sdcompress.catalog import read_catalog
 from sdcompress.errors import VerificationError
@@ -51,7 +53,9 @@ def verify_bundle(path: Path, *, against: Path | None = None, parity: bool = Tru
     graphs = open_graphs(bundle)
     checks = [_files(bundle)]
     if graphs:
-        checks += [_structure(graphs, bundle), _product_dtypes(graphs)]
+        checks += [_structure(graphs, bundle), _product_dtypes(graphs, bundle)]
+        if (path / RANGES).is_file():
+            checks += [_kept(graphs, Ranges.read(path / RANGES))]
     if graphs or bundle.manifest.stage != "engine":  # other engines hold no weights one can read
         checks += _tensors(bundle, graphs)
     if against is not None:
@@ -301,12 +305,32 @@ def _offset(tensor: onnx.TensorProto) -> int | None:
     return int(external(tensor).get("offset", 0))
 
 
-def _product_dtypes(graphs: list[Graph]) -> Check:
+def _product_dtypes(graphs: list[Graph], bundle: Bundle) -> Check:
+    """Products are of the dtype asked for; those the manifest names, and no others, are fp32."""
+    in_fp32 = bundle.manifest.details.get("fp32_products", {})
     wrong = [
         f"{graph.component}: {name}"
         for graph in graphs
-        for name in wrong_product_dtypes(graph.proto, graph.weight_map.dtype)
+        for name in wrong_product_dtypes(
+            graph.proto, graph.weight_map.dtype, in_fp32.get(graph.component, ())
+        )
     ]
     dtypes = " and ".join(sorted({graph.weight_map.dtype for graph in graphs}))
     good = f"every input of a matrix product or convolution is {dtypes}"
+    if count := sum(len(in_fp32.get(graph.component, ())) for graph in graphs):
+        good += f", but fp32 in the {count} that the manifest names"
     return _result("dtypes", wrong, good)
+
+
+def _kept(graphs: list[Graph], ranges: Ranges) -> Check:
+    """What left fp16's range during calibration is fp32 in the graph."""
+    beyond = ranges.beyond_fp16()
+    wrong, count = [], 0
+    for graph in graphs:
+        types = element_types(graph.proto)
+        outputs = {value.name for value in graph.proto.graph.output}  # which stay fp16
+        names = [name for name in beyond.get(graph.component, []) if name not in outputs]
+        count += len(names)
+        wrong += [f"{graph.component}/{name}" for name in names if types.get(name) != FP32]
+    good = f"all {count} values that left fp16 in calibration are fp32"
+    return _result("kept", wrong, good if count else "no value left fp16 in calibration")

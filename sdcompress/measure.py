@@ -22,8 +22,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -161,6 +162,21 @@ class PeakMemory:
 
 QUIET = "memory settled"
 
+
+class Watch(Protocol):
+    """Reads a device beside one process, in ours, while a `with` block lasts."""
+
+    pid: int | None
+
+    def start_timing(self) -> None:
+        """Loading is over: clocks, temperature and power count from here on."""
+
+    def summary(self) -> dict[str, float | None]:
+        """What was read, in one figure each; None where the device does not tell."""
+
+
+Watcher = Callable[[], AbstractContextManager[Watch]]
+
 # `python -m` would look for modules first where the user stands, and find their random.py. Our own
 # folder comes last: it is needed only where the packages are run without being installed.
 _START = """\
@@ -173,13 +189,18 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def run_worker(
-    module: str, job: Mapping[str, Any], *, timeout: float | None = None
+    module: str,
+    job: Mapping[str, Any],
+    *,
+    timeout: float | None = None,
+    watch: Watcher | None = None,
 ) -> dict[str, Any]:
     """Run a module with JOB.json and RESULT.json in a fresh process; return what it wrote.
 
-    Adds `peak_anonymous_bytes` and `process_seconds` to the worker's own answer. Memory is sampled
-    until the worker prints the line `QUIET` (from then on it only repeats what it has done), so
-    that the sampling does not disturb what it times afterwards.
+    Adds `peak_anonymous_bytes` and `process_seconds` to the worker's own answer, and `telemetry`
+    where `watch` is given. Memory is sampled until the worker prints the line `QUIET` (from then on
+    it only repeats what it has done), so that the sampling does not disturb what it times
+    afterwards.
 
     Raises:
         SdcompressError: the worker failed, was killed, or took longer than `timeout` seconds.
@@ -193,8 +214,11 @@ def run_worker(
         started = time.perf_counter()
         with (
             errors_path.open("wb") as errors,
+            watch() if watch else nullcontext() as watching,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
         ):
+            if watching:
+                watching.pid = process.pid
             expire = threading.Timer(timeout, process.kill) if timeout else None
             if expire:
                 expire.start()
@@ -204,6 +228,8 @@ def run_worker(
                     for line in process.stdout:
                         if line.strip() == QUIET:
                             memory.stop()
+                            if watching:
+                                watching.start_timing()
                 code = process.wait()
             except BaseException:
                 process.kill()
@@ -218,6 +244,8 @@ def run_worker(
                 f"{job.get('name', module)}: {_why(code, timeout if late else None, errors_path)}"
             )
         result: dict[str, Any] = json.loads(result_path.read_text())
+    if watching:
+        result["telemetry"] = watching.summary()
     return {**result, "peak_anonymous_bytes": memory.peak, "process_seconds": seconds}
 
 
@@ -228,17 +256,20 @@ def run_rounds(
     rounds: int,
     seed: int = 0,
     timeout: float | None = None,
+    watch: Watcher | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Run every job once a round, in random turn; return the answers of each, in round order.
 
-    `progress(done, total)` is called after each process.
+    Each answer gets its `process`, the place in the order of all. `progress(done, total)` is called
+    after each process.
     """
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     done = 0
     for order in turns(list(jobs), rounds, seed):
         for name in order:
-            answers[name].append(run_worker(module, jobs[name], timeout=timeout))
+            answer = run_worker(module, jobs[name], timeout=timeout, watch=watch)
+            answers[name].append({**answer, "process": done})
             done += 1
             if progress:
                 progress(done, rounds * len(jobs))

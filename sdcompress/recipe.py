@@ -76,14 +76,23 @@ class ComponentRecipe(_Part):
 
 
 class Export(_Part):
+    """How the graph is written.
+
+    `upcast_attention`: attention scores in fp32; `auto` where the model's config asks for it.
+    `calibrate`: how many of the recipe's prompts are painted, before an fp16 export, to find the
+    layers whose numbers leave the range of fp16; those are computed in fp32.
+    """
+
     dtype: Literal["fp16", "fp32"] = "fp16"
+    upcast_attention: Literal["auto", "on", "off"] = "auto"
+    calibrate: int = Field(default=0, ge=0)
 
 
 class Engine(_Part):
     """Which backend builds the engines; `options` are the backend's own."""
 
     backend: str = "onnxruntime"
-    options: dict[str, str | int | float | bool] = {}
+    options: dict[str, str | int | float | bool | list[str]] = {}
 
 
 class Sampling(_Part):
@@ -99,10 +108,28 @@ class Sampling(_Part):
 
 
 class Bench(_Part):
-    """Each engine runs in `rounds` fresh processes of about `budget` seconds of timed work."""
+    """Each engine runs in `rounds` fresh processes of about `budget` seconds of timed work.
+
+    `residency`: all components loaded at once, or one after the other for small devices.
+    """
 
     rounds: int = Field(default=10, ge=2)
     budget: float = Field(default=1.2, gt=0, allow_inf_nan=False)
+    residency: Literal["resident", "sequential"] = "resident"
+
+
+class Gates(_Part):
+    """Limits for `sdcompress gate`; what is left out is not looked at.
+
+    Ratios are sparse ÷ dense. `psnr` is in dB, the median over the pictures, sparse against dense.
+    `sparse_layers` is how many layers must run on sparse kernels.
+    """
+
+    latency: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    memory: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    size: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    psnr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    sparse_layers: int | None = Field(default=None, ge=0)
 
 
 class Pictures(_Part):
@@ -113,10 +140,14 @@ class Pictures(_Part):
 
 
 class Recipe(_Part):
-    """Everything `run` needs to know."""
+    """Everything `run` needs to know.
+
+    `target` is the device it is for: a name of `sdcompress list targets`, or a YAML file.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str | None = None
+    target: str | None = None
     seed: int = 0
     prune: dict[str, ComponentRecipe] = Field(min_length=1)
     export: Export = Export()
@@ -124,6 +155,7 @@ class Recipe(_Part):
     sampling: Sampling = Sampling()
     bench: Bench = Bench()
     pictures: Pictures = Pictures()
+    gates: Gates = Gates()
 
     @field_validator("prune")
     @classmethod
@@ -151,6 +183,19 @@ def load_recipe(name_or_path: str) -> Recipe:
                 "`sdcompress list recipes` describes them"
             )
         path = shipped
+    data = read_yaml(path, "'name' and 'prune'")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as e:
+        raise UsageError(f"{path}: {describe_first(e)}") from e
+
+
+def read_yaml(path: Path, keys: str) -> dict[Any, Any]:
+    """The mapping in a YAML file; `keys` says which it should at least have.
+
+    Raises:
+        UsageError: it cannot be read, is not valid YAML, or is not a mapping.
+    """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except (OSError, UnicodeDecodeError) as e:
@@ -161,11 +206,13 @@ def load_recipe(name_or_path: str) -> Recipe:
         problem = getattr(e, "problem", None) or "not valid YAML"
         raise UsageError(f"{path}{line}: {problem}; correct the YAML") from e
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: expected a mapping with 'name' and 'prune', found {data!r:.40}")
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as e:
-        raise UsageError(f"{path}: {describe_first(e)}") from e
+        raise UsageError(f"{path}: expected a mapping with {keys}, found {data!r:.40}")
+    return data
+
+
+def read_value(text: str) -> Any:
+    """One value as a recipe would hold it; raises yaml.YAMLError where it is none."""
+    return yaml.load(text, _StrictLoader)
 
 
 def recipe_names() -> list[str]:
@@ -194,10 +241,10 @@ def model_of(recipe: Recipe, override: str | None) -> str:
     )
 
 
-def describe_first(error: ValidationError) -> str:
+def describe_first(error: ValidationError, document: str = "recipe") -> str:
     """The first problem of a pydantic error in one line."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    where = ".".join(str(part) for part in first["loc"]) or document
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key; correct its spelling or remove it"
     message = first["msg"].removeprefix("Value error, ")
@@ -220,21 +267,24 @@ def _pattern_sparsity(text: str) -> float | None:
         raise ValueError(str(e)) from e
 
 
-_BASE_TEN = {
+_AS_IN_1_2 = {
+    "tag:yaml.org,2002:bool": re.compile(r"(true|True|TRUE|false|False|FALSE)$"),
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*)$"),
     "tag:yaml.org,2002:float": re.compile(
-        r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
     ),
 }
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Two habits of YAML 1.1 must not reach a recipe: a key that appears twice (the last one
-    would win), and `2:4` as a number (it would mean 124, in base 60).
+    """Three habits of YAML 1.1 must not reach a recipe: a key that appears twice (the last one
+    would win), `2:4` as a number (it would mean 124, in base 60), and words such as `on` and `no`
+    as truth values, which YAML 1.2 writes `true` and `false`.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # an attribute of PyYAML's
-        first: [(tag, _BASE_TEN.get(tag, pattern)) for tag, pattern in resolvers]
+        first: [(tag, _AS_IN_1_2.get(tag, pattern)) for tag, pattern in resolvers]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -63,10 +63,30 @@ class DeviceMemory(_Record):
     weights: int | None = None
     context: int | None = None
     peak: int | None = None
+    process: int | None = Field(default=None, description="as the driver counts it (NVML)")
+
+
+class Telemetry(_Record):
+    """The accelerator beside one process: medians of what was read while it was timed.
+
+    None where the device does not tell. `process` is the place in the order of all processes.
+    """
+
+    process: int
+    contestant: str
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
 
 
 class Engine(_Record):
-    """One of the two engines that were compared."""
+    """One of the two engines that were compared.
+
+    `peak_memory`: of the process, by residency, in the host's memory; `device_memory_sequential`:
+    of the accelerator, with one component loaded at a time. `plans`: sha256 of each
+    component's plan file, where the backend builds such files.
+    """
 
     digest: str
     backend: str
@@ -75,7 +95,10 @@ class Engine(_Record):
     dtype: str
     bytes: int
     sparse_kernels: SparseKernels
+    peak_memory: dict[Literal["resident", "sequential"], int] = {}
     device_memory: DeviceMemory | None = None
+    device_memory_sequential: DeviceMemory | None = None
+    plans: dict[str, str] = {}
 
 
 class Setup(_Record):
@@ -92,6 +115,8 @@ class Setup(_Record):
     prompt: str
     memory: str
     command: str
+    residency: Literal["resident", "sequential"] = "resident"
+    timer: str = Field(default="wall clock", description="what timed the components")
 
 
 class Control(_Record):
@@ -152,6 +177,17 @@ class Results(_Record):
     setup: Setup
     environment: Environment
     sparsity: Accounting | None = None
+    telemetry: tuple[Telemetry, ...] = ()
+    quality: dict[str, float] = Field(
+        default={},
+        description="sparse against dense pictures: psnr, median in dB, 100 where identical",
+    )
+
+    @property
+    def plans_identical(self) -> bool | None:
+        """Whether both engines are the same bytes; None where the backend has no plan files."""
+        dense, sparse = (self.engines[twin].plans for twin in ("dense", "sparse"))
+        return dense == sparse if dense and sparse else None
 
     @classmethod
     def read(cls, path: Path) -> Results:

@@ -7,7 +7,7 @@ before it is needed, so that every backend can be listed on every machine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from export.specs import Sizes
+    from export.targets import Target
     from sdcompress.bundle import Bundle
 
     Arrays = Mapping[str, NDArray[Any]]
+
+
+# Hears of a component, the phase its build is in, steps done and steps in all.
+BuildProgress = Callable[[str, str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,13 @@ class Runner(ABC):
     """One component of an engine, loaded while the `with` block lasts.
 
     `inputs` and `outputs` say what it takes and gives, and are known once it is loaded.
+    `gpu_milliseconds` is the time of the last `infer` between two events on the accelerator's own
+    clock, copies to and from the host left out; None without an accelerator.
     """
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    gpu_milliseconds: float | None = None
 
     def __enter__(self) -> Runner:
         self.load()
@@ -79,12 +88,18 @@ class Backend(Protocol):
     def available(self) -> str | None:
         """None if it runs here; else one sentence that says why not and how to change that."""
 
-    def check(self, options: Mapping[str, Any]) -> None:
+    def check(self, options: Mapping[str, Any], target: Target | None = None) -> None:
         """Find out before any slow work whether `build` can succeed here with these options.
 
         Raises:
-            UsageError: it cannot: the backend does not run here, or an option is not known or
-                asks for what is not here.
+            UsageError: it cannot: the backend does not run here or does not serve the target, or an
+                option is not known or asks for what is not here.
+        """
+
+    def why_not_run(self, details: Mapping[str, Any]) -> str | None:
+        """None if an engine with these manifest details can be opened here; else why not.
+
+        Engines may be built ahead of time on machines that lack the device they run on.
         """
 
     def build(
@@ -92,14 +107,17 @@ class Backend(Protocol):
         source: Bundle,
         out: Path,
         *,
-        target: Mapping[str, Any] | None = None,
+        target: Target | None = None,
+        sizes: Sizes | None = None,
         options: Mapping[str, Any] | None = None,
         replace: bool = False,
+        progress: BuildProgress | None = None,
     ) -> Bundle:
-        """Make an engine bundle at `out` from an ONNX bundle.
+        """Make an engine bundle at `out` from an ONNX bundle, for this machine or for `target`.
 
-        The manifest's details then hold `backend`, `providers`, `options`, `components`, `dtype`
-        and `sparse_kernels` (see `sdcompress.results.SparseKernels`).
+        `sizes` are what a backend with fixed shapes builds for; others take any. The manifest's
+        details then hold `backend`, `providers`, `options`, `components`, `dtype` and
+        `sparse_kernels` (see `sdcompress.results.SparseKernels`).
 
         Raises:
             UsageError: an option or a target this backend does not know or cannot serve here.

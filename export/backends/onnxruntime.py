@@ -15,7 +15,9 @@ from sdcompress.errors import InputError, UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from export.backends import Arrays
+    from export.backends import Arrays, BuildProgress
+    from export.specs import Sizes
+    from export.targets import Target
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -66,20 +68,25 @@ class OnnxRuntimeBackend:
             )
         return None
 
-    def check(self, options: Mapping[str, Any]) -> None:
+    def check(self, options: Mapping[str, Any], target: Target | None = None) -> None:
         chosen = _options(options)
         if why := self.available():
             raise UsageError(why)
         _providers(chosen)
+
+    def why_not_run(self, details: Mapping[str, Any]) -> str | None:
+        return self.available()
 
     def build(
         self,
         source: Bundle,
         out: Path,
         *,
-        target: Mapping[str, Any] | None = None,
+        target: Target | None = None,
+        sizes: Sizes | None = None,
         options: Mapping[str, Any] | None = None,
         replace: bool = False,
+        progress: BuildProgress | None = None,
     ) -> Bundle:
         """Take the ONNX files into an engine bundle, after loading each of them once here."""
         chosen = _options(options)

@@ -32,7 +32,7 @@ class Commands(click.Group):
 
 
 # The order of the work, which is the order a newcomer reads them in.
-_ORDER = ["run", "plan", "prune", "export", "build", "verify", "bench", "report", "generate"]
+_ORDER = ["run", "plan", "prune", "export", "build", "verify", "bench", "device", "gate", "report"]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -32,6 +32,15 @@ output_option = click.option(
 )
 
 
+residency_option = click.option(
+    "--residency",
+    type=click.Choice(["resident", "sequential"]),
+    default="resident",
+    show_default=True,
+    help="All components of the engine loaded, or for small devices one at a time.",
+)
+
+
 def model_options(f: F) -> F:
     """The options that say how a model is taken in; a command passes them on as `**how`."""
     for option in (
@@ -127,14 +136,14 @@ def counted_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def stage_status(what: str) -> Iterator[None]:
-    """A spinner with elapsed time, for stages without a countable total."""
+def stage_status(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with elapsed time, for stages without a countable total; says what it is given."""
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with _progress(*columns) as progress:
-        progress.add_task(what, total=None)
-        yield
+        task = progress.add_task(what, total=None)
+        yield lambda doing: progress.update(task, description=doing)
 
 
 class Stopwatch:

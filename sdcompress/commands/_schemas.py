@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from export.ranges import Ranges
 from sdcompress import registry
+from sdcompress.build_report import BuildReport
 from sdcompress.bundle import Manifest, write_json
 from sdcompress.results import Results
 
@@ -15,8 +17,13 @@ FOLDER = Path(__file__).parent.parent / "schemas"
 
 
 def schemas() -> dict[str, dict[str, Any]]:
-    """Name → schema: the manifest, the results, and what each command prints with --json."""
-    documents: dict[str, type[BaseModel]] = {"manifest": Manifest, "results": Results}
+    """Name → schema: what bundles and runs hold, and what each command prints with --json."""
+    documents: dict[str, type[BaseModel]] = {
+        "build_report": BuildReport,
+        "manifest": Manifest,
+        "ranges": Ranges,
+        "results": Results,
+    }
     for name in registry.names("commands"):
         documents[name] = registry.load("commands", name).Output
     return {

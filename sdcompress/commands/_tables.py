@@ -7,12 +7,16 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from sdcompress.commands._common import size
-from sdcompress.plan import Accounting, ComponentSparsity
-from sdcompress.results import Measure, Results
+from sdcompress.plan import Accounting, ComponentSparsity, account
+from sdcompress.results import Measure, Results, SparseKernels
+
+RESULTS = "results.json"
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from sdcompress.build_report import BuildReport
 
 
 def accounting_table(accounting: Accounting) -> Table:
@@ -58,16 +62,54 @@ def measures_table(results: Results) -> Table:
     return table
 
 
-def print_outcome(console: Console, results: Path, page: Path) -> None:
-    """What `run` ends with: the sparsities, the figures, and where the page is."""
-    loaded = Results.read(results)
-    if loaded.sparsity:
-        console.print(accounting_table(loaded.sparsity))
-    console.print(measures_table(loaded))
-    kernels = loaded.engines["sparse"].sparse_kernels
-    console.print(f"sparse kernels used: {kernels.used} of {kernels.of} layers ({kernels.how})")
-    if not loaded.control.trustworthy:
-        console.print("the dense engine differed from itself: this machine was too busy to trust")
+def build_table(report: BuildReport) -> Table:
+    """What the engine builder did, a row each component; "–" where nothing tells."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    headings = ("sparse layers", "eligible", "fused attention", "plan", "context", "seconds")
+    table = Table(
+        "", *headings, title=f"{report.backend} {report.runtime.version}", box=SIMPLE_HEAD
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, c in report.components.items():
+        counts = (c.layers_sparse, c.layers_eligible, c.fused_attention)
+        table.add_row(
+            name,
+            *("–" if n is None else str(n) for n in counts),
+            size(c.plan_bytes),
+            "–" if c.context_bytes is None else size(c.context_bytes),
+            f"{c.seconds:.1f}",
+        )
+    return table
+
+
+def print_outcome(console: Console, run: Path, page: Path) -> None:
+    """What `run` ends with: the sparsities, what was built, the figures, and where the page is."""
+    from sdcompress.build_report import BuildReport
+    from sdcompress.bundle import Bundle
+    from sdcompress.report import not_measured
+
+    results, engine = run / RESULTS, Bundle.open(run / "engine" / "sparse")
+    if plan := engine.manifest.plan:
+        console.print(accounting_table(account(plan)))
+    if report := BuildReport.read(engine.path):
+        console.print(build_table(report))
+    kernels = SparseKernels.model_validate(engine.manifest.details["sparse_kernels"])
+    used = "an unknown number" if kernels.used is None else kernels.used
+    if results.exists():
+        loaded = Results.read(results)
+        console.print(measures_table(loaded))
+        if not loaded.control.trustworthy:
+            console.print(
+                "the dense engine differed from itself: this machine was too busy to trust"
+            )
+    else:
+        console.print(f"not measured here: {not_measured(run)}")
+    console.print(f"sparse kernels used: {used} of {kernels.of} layers ({kernels.how})")
+    if (device := run / "device.tar").exists():
+        console.print(f"for the device: {device}")
     console.print(f"page: {page}")
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdcompress.commands._common import counted_progress, emit, json_option
+from sdcompress.commands._common import counted_progress, emit, json_option, residency_option
 from sdcompress.results import Results
+
+if TYPE_CHECKING:
+    from export.residency import Residency
 
 Output = Results
 
@@ -32,6 +35,7 @@ Output = Results
     show_default=True,
     help="Seconds of timed work in each process.",
 )
+@residency_option
 @json_option
 def command(
     dense: Path,
@@ -43,11 +47,13 @@ def command(
     height: int | None,
     width: int | None,
     budget: float,
+    residency: Residency,
     as_json: bool,
 ) -> None:
     """Measure the engine SPARSE against the engine DENSE: latency, memory, size, load time.
 
     Each runs in fresh processes, in turn, and the dense engine runs against itself as a control.
+    Memory is reported for both residencies.
 
     \b
     Example:
@@ -75,6 +81,7 @@ def command(
             sparse_engine,
             rounds=rounds,
             budget=budget,
+            residency=residency,
             command=command_line(sys.argv[1:]),
             progress=progress,
             **sampling,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from pydantic import BaseModel
 
+from sdcompress.build_report import BuildReport
 from sdcompress.commands._common import (
     Stopwatch,
     emit,
@@ -16,6 +18,11 @@ from sdcompress.commands._common import (
 )
 from sdcompress.results import SparseKernels
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from export.targets import Target
+
 
 class Output(BaseModel):
     """`build --json`."""
@@ -24,62 +31,127 @@ class Output(BaseModel):
     digest: str
     parent: str
     backend: str
+    providers: dict[str, str]
     sparse_kernels: SparseKernels
+    report: BuildReport | None = None
     seconds: float
 
 
 @click.command()
 @click.argument("onnx", type=click.Path(path_type=Path))
 @output_option
-@click.option("--backend", default="onnxruntime", show_default=True)
+@click.option(
+    "--backend", help="Without a target onnxruntime, else the first that serves it and works here."
+)
+@click.option("--target", help="The device it is for: `sdcompress list targets`, or a YAML file.")
+@click.option("--height", type=int, help="Of the pictures, in pixels, where shapes are fixed.")
+@click.option("--width", type=int, help="Of the pictures, in pixels, where shapes are fixed.")
+@click.option("--images", type=click.IntRange(min=1), default=1, help="Pictures at once.")
+@click.option("--no-guidance", is_flag=True, help="For distilled models: one branch, not two.")
+@click.option(
+    "--refit",
+    type=click.Path(path_type=Path),
+    metavar="ENGINE",
+    help="Put the weights into this engine's plans instead; its zeros must be the same.",
+)
 @click.option(
     "--option",
     "options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="An option of the backend, such as provider=cuda.",
+    help="An option of the backend, such as provider=cuda; repeat a key for a list.",
 )
 @json_option
 def command(
-    onnx: Path, output: Path, backend: str, options: tuple[str, ...], as_json: bool
+    onnx: Path,
+    output: Path,
+    backend: str | None,
+    target: str | None,
+    height: int | None,
+    width: int | None,
+    images: int,
+    no_guidance: bool,
+    refit: Path | None,
+    options: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Build an engine from an ONNX bundle.
 
     \b
-    Example:
+    Examples:
       sdcompress build onnx -o engine --option provider=cpu
+      sdcompress build onnx -o engine --backend tensorrt_rtx --target rtx-4090
     """
     from export.backends import load_backend
+    from export.specs import Sizes
+    from export.targets import load_target
     from sdcompress.bundle import Bundle
 
     watch = Stopwatch()
     wanted = _parse(options)
-    chosen = load_backend(backend)
+    device = load_target(target) if target else None
+    name = backend or _serving(device)
+    chosen = load_backend(name)
     source = Bundle.open(onnx, stages=("onnx",))
-    with stage_status(f"building with {backend}"):
-        made = chosen.build(source, output, options=wanted)
+    if refit:
+        if target or options:
+            raise click.UsageError("--refit takes the engine's own target and options; leave both")
+        from export.backends.tensorrt import refit as refit_engine
+
+        name = str(Bundle.open(refit, stages=("engine",)).manifest.details["backend"])
+        with stage_status(f"refitting {refit}"):
+            made = refit_engine(Bundle.open(refit), source, output)
+    else:
+        chosen.check(wanted, device)
+        sizes = Sizes(images, not no_guidance, height, width)
+        with stage_status(f"building with {name}") as tell:
+            made = chosen.build(
+                source,
+                output,
+                target=device,
+                sizes=sizes,
+                options=wanted,
+                progress=lambda what, phase, done, of: tell(f"{what}: {phase}, {done} of {of}"),
+            )
     result = Output(
         bundle=str(output),
         digest=made.digest,
         parent=source.digest,
-        backend=backend,
+        backend=name,
+        providers=made.manifest.details["providers"],
         sparse_kernels=SparseKernels.model_validate(made.manifest.details["sparse_kernels"]),
+        report=BuildReport.read(output),
         seconds=watch.seconds,
     )
-    kernels = result.sparse_kernels
-    used = "unknown" if kernels.used is None else kernels.used
-    emit(
-        result,
-        as_json,
-        lambda console: console.print(
-            f"{output} in {result.seconds:.0f} s; "
-            f"{used} of {kernels.of} layers use sparse kernels ({kernels.how})"
-        ),
+    emit(result, as_json, lambda console: _show(console, result))
+
+
+def _serving(target: Target | None) -> str:
+    """The backend to use where none is named."""
+    from export.backends import load_backend
+
+    if target is None:
+        return "onnxruntime"
+    return next((b for b in target.backends if not load_backend(b).available()), target.backends[0])
+
+
+def _show(console: Console, output: Output) -> None:
+    from sdcompress.commands._tables import build_table
+
+    kernels = output.sparse_kernels
+    used = "an unknown number" if kernels.used is None else kernels.used
+    console.print(
+        f"{output.bundle} in {output.seconds:.0f} s; "
+        f"{used} of {kernels.of} layers use sparse kernels ({kernels.how})"
     )
+    if output.report:
+        console.print(build_table(output.report))
 
 
 def _parse(options: tuple[str, ...]) -> dict[str, object]:
     import yaml
+
+    from sdcompress.recipe import read_value
 
     parsed: dict[str, object] = {}
     for option in options:
@@ -87,10 +159,15 @@ def _parse(options: tuple[str, ...]) -> dict[str, object]:
         if not equals:
             raise click.BadParameter(f"expected KEY=VALUE, found {option!r}", param_hint="--option")
         try:
-            parsed[key] = yaml.safe_load(value)
+            one = read_value(value)
         except yaml.YAMLError as e:
             raise click.BadParameter(
                 f"expected a word, a number or a YAML value after {key}=, found {value!r}",
                 param_hint="--option",
             ) from e
+        if key in parsed:
+            before = parsed[key]
+            parsed[key] = [*before, one] if isinstance(before, list) else [before, one]
+        else:
+            parsed[key] = one
     return parsed

@@ -51,7 +51,7 @@ def command(as_json: bool) -> None:
     Example:
       sdcompress doctor
     """
-    findings = [*_packages(), _one_runtime(), *_backends(), _model(), _disk()]
+    findings = [*_packages(), _one_runtime(), *_backends(), _gpu(), _model(), _disk()]
     required = {"torch", "diffusers", "transformers", "onnx", "one onnxruntime", "mini-sd2"}
     ok = all(f.ok for f in findings if f.name in required)
     output = Output(ok=ok, findings=findings)
@@ -98,6 +98,19 @@ def _backends() -> list[Finding]:
             Finding(name=f"backend {name}", state=problem or "runs here", ok=problem is None)
         )
     return findings
+
+
+def _gpu() -> Finding:
+    from export.device.cuda import Cuda
+    from export.device.errors import DeviceError
+
+    try:
+        card = Cuda.load()
+        state = f"{card.name}, compute capability {card.compute_capability}"
+    except DeviceError as e:
+        fix = "engines can be built ahead of time with tensorrt_rtx, or on the device itself"
+        return Finding(name="GPU", state=str(e), ok=False, fix=fix)
+    return Finding(name="GPU", state=state, ok=True)
 
 
 def _model() -> Finding:

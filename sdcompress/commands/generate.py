@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import BaseModel
@@ -16,7 +17,11 @@ from sdcompress.commands._common import (
     model_options,
     open_model,
     output_option,
+    residency_option,
 )
+
+if TYPE_CHECKING:
+    from export.residency import Residency
 
 
 class Output(BaseModel):
@@ -36,6 +41,7 @@ class Output(BaseModel):
 @click.option("--guidance", type=float)
 @click.option("--height", type=click.IntRange(min=8), help="Pixels.")
 @click.option("--width", type=click.IntRange(min=8), help="Pixels.")
+@residency_option
 @model_options
 @json_option
 def command(
@@ -47,6 +53,7 @@ def command(
     guidance: float | None,
     height: int | None,
     width: int | None,
+    residency: Residency,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -64,7 +71,7 @@ def command(
 
     seeds = [seed + i for i in range(len(prompts))]
     check_request(prompts, seeds, 1 if steps is None else steps)
-    make, source = _maker(bundle, how)
+    make, source = _maker(bundle, how, residency)
     asked = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     defaults = sampling_defaults(source.manifest.source)
     settings: dict[str, Any] = {k: defaults[k] if v is None else v for k, v in asked.items()}
@@ -76,9 +83,10 @@ def command(
     emit(result, as_json, lambda console: console.print("\n".join(files)))
 
 
-def _maker(bundle: str, how: Mapping[str, Any]) -> Any:
+def _maker(bundle: str, how: Mapping[str, Any], residency: Residency) -> Any:
     """The function that makes pictures from this bundle, and the opened bundle."""
     from sdcompress.bundle import MANIFEST, Bundle
+    from sdcompress.errors import UsageError
 
     path = Path(bundle)
     if (path / MANIFEST).is_file():
@@ -86,7 +94,9 @@ def _maker(bundle: str, how: Mapping[str, Any]) -> Any:
         if opened.manifest.stage == "engine":
             from export.pipeline import generate
 
-            return generate, opened
+            return partial(generate, residency=residency), opened
+    if residency != "resident":
+        raise UsageError(f"--residency {residency} is for engines; {bundle} is none, leave it out")
     from sdcompress.evaluation.images import generate_from_weights
 
     return generate_from_weights, open_model(bundle, **how)

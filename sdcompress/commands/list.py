@@ -12,7 +12,7 @@ from sdcompress.commands._common import emit, json_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-KINDS = ("criteria", "allocations", "backends", "recipes", "models")
+KINDS = ("criteria", "allocations", "backends", "targets", "recipes", "models")
 
 MODELS = {
     "mini-sd2": "the small trained Stable Diffusion 2 in this package, 64×64 pixels, no download",
@@ -41,7 +41,7 @@ class Output(BaseModel):
 @click.argument("kind", type=click.Choice(KINDS))
 @json_option
 def command(kind: str, as_json: bool) -> None:
-    """List criteria, allocations, backends, recipes or models.
+    """List criteria, allocations, backends, targets, recipes or models.
 
     \b
     Example:
@@ -60,6 +60,11 @@ def _items(kind: str) -> list[Item]:
         from sdcompress.recipe import recipe_names, recipe_summary
 
         return [Item(name=name, summary=recipe_summary(name)) for name in recipe_names()]
+    if kind == "targets":
+        from export.targets import load_target
+        from export.targets import names as target_names
+
+        return [Item(name=t.name, summary=t.summary) for t in map(load_target, target_names())]
     if kind == "backends":
         from export.backends import load_backend, names
 

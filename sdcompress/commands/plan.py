@@ -7,18 +7,27 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import BaseModel
 
+from export.targets.fit import SparseCandidates
 from sdcompress.commands._common import emit, json_option, model_options
 from sdcompress.plan import Accounting, SparsityPlan
+from sdcompress.recipe import Gates
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 class Output(BaseModel):
-    """`plan --json`."""
+    """`plan --json`; `sparse_candidates` and `warnings` speak of the target, if there is one.
+
+    `gates` is null where the recipe sets no limits.
+    """
 
     recipe: str
     model: str
+    target: str | None = None
+    warnings: tuple[str, ...] = ()
+    sparse_candidates: SparseCandidates | None = None
+    gates: Gates | None = None
     accounting: Accounting
     plan: SparsityPlan
 
@@ -26,22 +35,32 @@ class Output(BaseModel):
 @click.command()
 @click.argument("recipe")
 @click.option("--model", help="Instead of the recipe's model: mini-sd2, a directory, a hub id, ….")
+@click.option(
+    "--target", help="Instead of the recipe's target: a name from `list targets` or a YAML file."
+)
 @model_options
 @click.option("--all", "show_all", is_flag=True, help="List biases and norms too.")
 @json_option
 def command(
     recipe: str,
     model: str | None,
+    target: str | None,
     show_all: bool,
     as_json: bool,
     **how: Any,
 ) -> None:
     """Show what RECIPE prunes, how far, and what it skips and why.
 
+    For a target, also what will not be there as the recipe hopes.
+
     \b
-    Example:
+    Examples:
       sdcompress plan sd2-2to4 --model mini-sd2
+      sdcompress plan sd2-2to4 --model mini-sd2 --target jetson-orin-nano
     """
+    from export.pipeline import Geometry
+    from export.targets import load_target
+    from export.targets.fit import sparse_candidates, warnings
     from sdcompress.catalog import read_catalog
     from sdcompress.models.sources import resolve
     from sdcompress.plan import account, make_plan
@@ -49,14 +68,32 @@ def command(
 
     loaded = load_recipe(recipe)
     name = model_of(loaded, model)
-    made = make_plan(loaded, read_catalog(resolve(name, **how).directory))
-    output = Output(recipe=loaded.name, model=name, accounting=account(made), plan=made)
+    wanted = target or loaded.target
+    device = load_target(wanted) if wanted else None
+    directory = resolve(name, **how).directory
+    made = make_plan(loaded, read_catalog(directory))
+    output = Output(
+        recipe=loaded.name,
+        model=name,
+        gates=loaded.gates if loaded.gates != Gates() else None,
+        accounting=account(made),
+        plan=made,
+    )
+    if device:
+        native = Geometry.read(directory, "vae").default_size
+        about_target = {
+            "target": device.name,
+            "warnings": warnings(device, loaded, made, native),
+            "sparse_candidates": sparse_candidates(device, made),
+        }
+        output = output.model_copy(update=about_target)
     emit(output, as_json, lambda console: _show(console, output, show_all))
 
 
 def _show(console: Console, output: Output, show_all: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     from sdcompress.commands._tables import accounting_table
 
@@ -84,3 +121,10 @@ def _show(console: Console, output: Output, show_all: bool) -> None:
             "does not name (--all lists them)"
         )
     console.print(accounting_table(output.accounting))
+    if (candidates := output.sparse_candidates) and candidates.of:
+        console.print(
+            f"{output.target}: {candidates.large_enough} of {candidates.of} 2:4 layers are large "
+            "enough to be ever chosen (more than 256 channels in and out)"
+        )
+    for warning in output.warnings:
+        console.print(Text("warning:", "yellow"), warning)

@@ -22,11 +22,16 @@ class Output(BaseModel):
 def command(directory: Path, as_json: bool) -> None:
     """Write DIRECTORY/report.html from what a run has left in DIRECTORY.
 
+    The results.json there may also be one that the script of a device bundle has written.
+
     \b
     Example:
       sdcompress report out
     """
+    from export.device_bundle import is_device_results, read_results
     from sdcompress.report import write_report
 
-    output = Output(report=str(write_report(directory)))
+    file = directory / "results.json"
+    results = read_results(file) if is_device_results(file) else None
+    output = Output(report=str(write_report(directory, results)))
     emit(output, as_json, lambda console: console.print(output.report))

@@ -24,7 +24,8 @@ class Output(BaseModel):
 
     output: str
     report: str
-    results: str
+    results: str | None
+    device: str | None
     done: list[str]
     skipped: list[str]
     seconds: float
@@ -36,6 +37,9 @@ class Output(BaseModel):
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="A run goes on there."
 )
 @click.option("--model", help="Instead of the recipe's model: mini-sd2, a directory, a hub id, ….")
+@click.option(
+    "--target", help="Instead of the recipe's target: a name from `list targets` or a YAML file."
+)
 @click.option("--fresh", is_flag=True, help="Do all stages again.")
 @model_options
 @json_option
@@ -43,6 +47,7 @@ def command(
     recipe: str,
     output: Path,
     model: str | None,
+    target: str | None,
     fresh: bool,
     as_json: bool,
     **how: Any,
@@ -56,11 +61,13 @@ def command(
     Example:
       sdcompress run demo -o out
     """
-    from export.run import RESULTS, command_line, run
+    from export.run import DEVICE, RESULTS, command_line, run
     from sdcompress.recipe import load_recipe, model_of
 
     watch = Stopwatch()
     loaded = load_recipe(recipe)
+    if target:
+        loaded = loaded.model_copy(update={"target": target})
     source = open_model(model_of(loaded, model), **how)
     stages: dict[bool, list[str]] = {False: [], True: []}
     people = console()
@@ -79,11 +86,13 @@ def command(
             command=command_line(sys.argv[1:]),
             fresh=fresh,
             announce=announce,
+            tell=status.update,
         )
     result = Output(
         output=str(output),
         report=str(page),
-        results=str(output / RESULTS),
+        results=_if_there(output / RESULTS),
+        device=_if_there(output / DEVICE),
         done=stages[False],
         skipped=stages[True],
         seconds=watch.seconds,
@@ -91,4 +100,8 @@ def command(
 
     from sdcompress.commands._tables import print_outcome
 
-    emit(result, as_json, lambda c: print_outcome(c, output / RESULTS, page))
+    emit(result, as_json, lambda c: print_outcome(c, output, page))
+
+
+def _if_there(path: Path) -> str | None:
+    return str(path) if path.exists() else None

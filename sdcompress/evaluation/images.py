@@ -9,12 +9,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress.errors import InputError, SdcompressError, UsageError
+from sdcompress.errors import InputError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 PROMPTS = "prompts.json"
+OVERFLOW_FIX = (
+    "in fp16 mostly an overflow, export with --upcast-attention on, with --calibrate or as fp32; "
+    "in fp32 the weights are broken, prune less"
+)
 
 
 def generate_from_weights(
@@ -77,7 +80,7 @@ def generate_from_weights(
             output_type="pt",
         ).images[0]
         if not torch.isfinite(output).all():
-            raise SdcompressError(f"{model}: the picture of {prompt!r} is NaN; prune less")
+            raise VerificationError(f"{model}: the picture of {prompt!r} is NaN; prune less")
         pictures.append(to_picture(np.asarray(output) * 2 - 1))
         if progress:
             progress(i + 1, len(prompts))
@@ -127,15 +130,18 @@ def step_arguments(scheduler: Any, generator: Generator) -> dict[str, Any]:
 
 
 def to_picture(values: NDArray[Any]) -> Image:
-    """A picture from [3, H, W] in -1..1; warns when all of it is black."""
+    """A picture from [3, H, W] in -1..1.
+
+    Raises:
+        VerificationError: it is black all over, which no prompt gives and an overflow does.
+    """
     import numpy as np
     from PIL import Image
 
     levels = np.round((np.asarray(values, np.float32) / 2 + 0.5).clip(0, 1) * 255)
     if not levels.any():
-        warnings.warn(
-            "the picture is black all over, which mostly means an overflow in fp16; try fp32",
-            stacklevel=2,
+        raise VerificationError(
+            f"expected a picture, found one that is black all over: {OVERFLOW_FIX}"
         )
     return Image.fromarray(levels.astype(np.uint8).transpose(1, 2, 0))
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress import __version__
-from sdcompress.bundle import MANIFEST, Bundle, write_text
+from sdcompress.build_report import BuildReport
+from sdcompress.bundle import LOG, MANIFEST, Bundle, write_text
 from sdcompress.errors import InputError
 from sdcompress.measure import Comparison
 from sdcompress.plan import Accounting, LayerPlan, SparsityPlan, account
@@ -37,6 +38,7 @@ NAMES = {
     "vae": "VAE",
 }
 SAME = "no difference"
+IDENTICAL = 100.0  # dB, in place of infinity
 # The bootstrap of a median is too sure of itself with fewer.
 ENOUGH_ROUNDS = 10
 
@@ -53,13 +55,16 @@ class Pair:
     psnr: float | None
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, results: Results | None = None) -> Path:
     """Write `report.html` into a run's directory and return its path.
+
+    `results` are those of the directory's results.json, where it is not of the ordinary kind.
 
     Raises:
         InputError: the directory holds nothing to report on, or a file in it is unreadable.
     """
-    results = Results.read(run / RESULTS) if (run / RESULTS).exists() else None
+    if results is None and (run / RESULTS).exists():
+        results = Results.read(run / RESULTS)
     bundle = _bundle(run)
     if results is None and bundle is None:
         raise InputError(
@@ -97,7 +102,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         model=(results and results.model) or (source and source.id) or "a model",
         recipe=(results and results.recipe) or recipe.get("name"),
         recipe_text=_text(run / RECIPE),
-        headline=headline(results, sparsity, pairs, plan, checks),
+        headline=headline(results, sparsity, pairs, plan, checks, not_measured(run)),
         results=results,
         forest=charts.forest(results.measures, NAMES) if results else "",
         sparsity=sparsity,
@@ -106,6 +111,8 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         pairs=pairs,
         settings=settings,
         checks=checks,
+        builds=read_builds(run),
+        not_measured=not_measured(run),
         bundle=bundle,
         same=SAME,
         enough_rounds=ENOUGH_ROUNDS,
@@ -118,6 +125,7 @@ def headline(
     pairs: Sequence[Pair],
     plan: SparsityPlan | None,
     checks: Sequence[Check] | None = None,
+    reason: str | None = None,
 ) -> list[str]:
     """What was asked, what it brings and what it costs, claiming no more than was shown."""
     said = []
@@ -133,7 +141,9 @@ def headline(
             f"{percent(both.of_component)} of them really are zero, "
             f"{percent(sparsity.pipeline.of_component)} of the whole pipeline."
         )
-    if results is None:
+    if results is None and reason:
+        said.append(f"Built and not measured here: {reason}.")
+    elif results is None:
         said.append("Nothing has been measured yet.")
     elif not results.control.trustworthy:
         said.append(
@@ -214,12 +224,35 @@ def read_pairs(run: Path) -> tuple[list[Pair], dict[str, Any]]:
     return sorted(pairs, key=lambda p: order.index((p.prompt, p.seed))), listed[0]["settings"]
 
 
+def picture_quality(run: Path) -> dict[str, float]:
+    """`psnr`: the median over a run's pictures of sparse against dense, in dB; identical is 100."""
+    pairs, _ = read_pairs(run)
+    if not pairs:
+        return {}
+    decibels = (IDENTICAL if p.psnr is None else min(IDENTICAL, p.psnr) for p in pairs)
+    return {"psnr": statistics.median(decibels)}
+
+
 def read_checks(run: Path) -> tuple[Check, ...] | None:
     """The checks of `verify.json`, or None without one."""
     if not (run / VERIFICATION).exists():
         return None
     listed = _json(run / VERIFICATION)["checks"]
     return tuple(Check.model_validate(check) for check in listed)
+
+
+def not_measured(run: Path) -> str | None:
+    """Why the engines of a run were not measured, as the run's log says; None if it does not."""
+    if not (run / LOG).exists():
+        return None
+    reason = _json(run / LOG).get("not_measured")
+    return str(reason) if reason else None
+
+
+def read_builds(run: Path) -> dict[str, BuildReport]:
+    """What the builders of both engines say they did: twin → report, where there is one."""
+    reports = {twin: BuildReport.read(run / "engine" / twin) for twin in ("dense", "sparse")}
+    return {twin: report for twin, report in reports.items() if report}
 
 
 def percent(fraction: float) -> str:

@@ -6,6 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from sdcompress.bundle import Bundle
+
+
+@pytest.fixture(scope="session")
+def onnx_fp16(
+    tiny_source: Bundle, pruned: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Bundle]:
+    """Exports of the tiny pipeline in fp16, "dense" and "sparse". Do not write into them."""
+    from export.to_onnx import export_bundle
+
+    place = tmp_path_factory.mktemp("onnx-fp16")
+    sources = {"dense": tiny_source, "sparse": pruned}
+    return {t: export_bundle(b, place / t, dtype="fp16") for t, b in sources.items()}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent

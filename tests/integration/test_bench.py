@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.bench import PEAK, TIMED, bench, ddim_steps
-from sdcompress.bundle import MANIFEST, Bundle, seal, write_json
+from export.bench import bench, ddim_steps
+from export.comparison import PEAK, TIMED
+from sdcompress.bundle import Bundle, seal, write_json
 from sdcompress.errors import InputError, SdcompressError, UsageError, VerificationError
 from sdcompress.results import Results
 
@@ -38,6 +39,10 @@ def test_results_say_how_where_and_on_what(
     assert results.recipe == "two-to-four"
     assert results.engines["sparse"].sparse_kernels.used == 0
     assert results.engines["dense"].device_memory is None
+    assert results.engines["dense"].device_memory_sequential is None
+    assert results.engines["dense"].plans == {}
+    assert results.telemetry == ()
+    assert (results.setup.residency, results.setup.timer) == ("resident", "wall clock")
     assert (results.setup.rounds, results.setup.steps) == (2, 2)
     assert (results.setup.height, results.setup.width) == (16, 16)
     assert results.environment.cores >= 1
@@ -46,6 +51,51 @@ def test_results_say_how_where_and_on_what(
     assert results.sparsity.together.zeros > 0
     (tmp_path / "results.json").write_text(results.model_dump_json())
     assert Results.read(tmp_path / "results.json") == results
+
+
+def test_memory_is_reported_for_both_residencies(results: Results) -> None:
+    for engine in results.engines.values():
+        resident, sequential = engine.peak_memory["resident"], engine.peak_memory["sequential"]
+        assert 10e6 < sequential < 1.2 * resident  # mostly the runtime's own, for a tiny model
+    dense = results.engines["dense"].peak_memory["resident"]
+    assert dense == int(results.measures[PEAK].dense.median)
+
+
+def test_one_component_at_a_time(engine: Bundle, engine_sparse: Bundle) -> None:
+    results = bench(engine, engine_sparse, residency="sequential", **QUICK)
+    assert results.setup.residency == "sequential"
+    assert set(results.engines["sparse"].peak_memory) == {"resident", "sequential"}
+    dense = results.engines["dense"].peak_memory["sequential"]
+    assert dense == int(results.measures[PEAK].dense.median)
+    # A picture loads every component, so it takes longer than its parts once they are loaded.
+    assert results.measures["picture"].dense.p50 > results.measures["load"].dense.p50 * 0.5
+
+
+@pytest.mark.parametrize("which", ["dense", "sparse"])
+def test_an_engine_that_cannot_run_here_is_not_measured(
+    engine: Bundle, engine_sparse: Bundle, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    from export.backends.onnxruntime import OnnxRuntimeBackend
+
+    twins = {"dense": engine, "sparse": engine_sparse}
+    bad = twins[which].manifest.details
+
+    def why(self: object, details: object) -> str | None:
+        return "no such GPU; get one" if details is bad else None
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "why_not_run", why)
+    with pytest.raises(UsageError, match=f"{which}: cannot run here: no such GPU; get one"):
+        bench(engine, engine_sparse, **QUICK)
+
+
+def test_an_engine_of_other_sizes_is_not_measured(engine: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(engine.path, tmp_path / "fixed")
+    sizes = {"images": 1, "guided": True, "height": 32, "width": 32}
+    details = {**engine.manifest.details, "sizes": sizes}
+    seal(tmp_path / "fixed", engine.manifest.model_copy(update={"details": details}))
+    fixed = Bundle.open(tmp_path / "fixed")
+    with pytest.raises(UsageError, match="build it again with --height 16 --width 16"):
+        bench(fixed, fixed, **QUICK)
 
 
 def test_the_control_is_the_dense_engine(results: Results) -> None:
@@ -136,15 +186,22 @@ def test_an_engine_that_is_not_what_its_manifest_says_is_refused(
         bench(engine, Bundle.open(changed), **QUICK)
 
 
-def test_engines_of_different_settings_are_not_compared(engine: Bundle, tmp_path: Path) -> None:
-    import json
-
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("options", {"threads": 1}),
+        ("target", "rtx-4090"),
+        ("kept_fp32", {"unet": ["mid_block.resnets.0.conv1"]}),
+    ],
+)
+def test_engines_of_different_settings_are_not_compared(
+    engine: Bundle, tmp_path: Path, fact: str, value: object
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(engine.path, other)
-    manifest = json.loads((other / MANIFEST).read_text())
-    manifest["details"]["options"]["threads"] = 1
-    write_json(other / MANIFEST, manifest)
-    with pytest.raises(UsageError, match="differ in options"):
+    details = {**engine.manifest.details, fact: value}
+    seal(other, engine.manifest.model_copy(update={"details": details}))
+    with pytest.raises(UsageError, match=f"differ in {fact}"):
         bench(engine, Bundle.open(other), **QUICK)
 
 

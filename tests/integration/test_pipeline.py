@@ -13,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from export.backends import Runner, open_component
-from export.pipeline import Geometry, generate, tokenize
+from export.pipeline import Geometry, check_sizes, generate, tokenize
+from export.specs import COMPONENTS
 from sdcompress.bundle import Bundle
-from sdcompress.errors import SdcompressError, UsageError
+from sdcompress.errors import UsageError, VerificationError
 from sdcompress.evaluation.images import generate_from_weights, psnr, save, to_picture
 
 PROMPTS = ("a red cat", "a cat")
@@ -70,6 +71,27 @@ def test_a_picture_does_not_depend_on_its_neighbours(engine: Bundle) -> None:
     assert psnr(both[1], alone[0]) is None
 
 
+def test_one_component_at_a_time_gives_the_same_pictures(
+    engine: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Loud(Recorded):
+        log = events
+
+    monkeypatch.setattr(
+        "export.pipeline.open_component", lambda p, c: Loud(open_component(p, c), c)
+    )
+    resident = generate(engine.path, PROMPTS, SEEDS, steps=2)
+    loaded, closed = [f"load {c}" for c in COMPONENTS], [f"close {c}" for c in COMPONENTS]
+    assert events == loaded + closed[::-1]
+    events.clear()
+    sequential = generate(engine.path, PROMPTS, SEEDS, steps=2, residency="sequential")
+    assert events == [event for pair in zip(loaded, closed, strict=True) for event in pair]
+    for a, b in zip(resident, sequential, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
 def test_prompt_seed_and_negative_prompt_matter(engine: Bundle) -> None:
     def one(prompt: str = "a cat", seed: int = 0, **more: Any) -> Any:
         return generate(engine.path, [prompt], [seed], steps=2, **more)[0]
@@ -92,6 +114,35 @@ def test_sizes_other_than_the_default(engine: Bundle, tiny_sd: Path) -> None:
 def test_sizes_that_do_not_fit_are_refused(engine: Bundle, height: int) -> None:
     with pytest.raises(UsageError, match="multiple of 4"):
         generate(engine.path, PROMPTS, SEEDS, height=height)
+
+
+FIXED = {"images": 1, "guided": True, "height": None, "width": 24}
+
+
+def test_an_engine_of_fixed_shapes_takes_only_those(engine: Bundle) -> None:
+    geometry = Geometry.read(engine.path)
+    check_sizes({}, geometry, 1.0, 40, 40)
+    check_sizes({"sizes": None}, geometry, 1.0, 40, 40)
+    check_sizes({"sizes": FIXED}, geometry, 7.5, 16, 24)
+    with pytest.raises(UsageError) as caught:
+        check_sizes({"sizes": FIXED}, geometry, 1.0, 32, 24)
+    assert str(caught.value) == (
+        "the engine was built for 1 picture at once of 16×24 pixels with guidance, asked is 1 "
+        "picture at once of 32×24 pixels without guidance; build it again with --height 32 "
+        "--width 24 --no-guidance, or ask for what it was built for"
+    )
+    with pytest.raises(UsageError, match="4 pictures at once .* --height 16 --width 24,"):
+        check_sizes({"sizes": {**FIXED, "images": 4}}, geometry, 7.5, 16, 24)
+
+
+def test_an_engine_that_cannot_run_here_is_refused(
+    engine: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export.backends.onnxruntime import OnnxRuntimeBackend
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "why_not_run", lambda *_: "no such GPU; get one")
+    with pytest.raises(UsageError, match="cannot run here: no such GPU; get one"):
+        generate(engine.path, PROMPTS[:1], SEEDS[:1], steps=1)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +173,27 @@ def test_geometry(engine: Bundle) -> None:
     assert geometry.latent_shape(32, 16) == (4, 16, 8)
 
 
+class Recorded(Runner):
+    """A component that notes when it is loaded and closed."""
+
+    log: list[str]
+
+    def __init__(self, runner: Runner, name: str) -> None:
+        self._runner, self._name = runner, name
+
+    def load(self) -> None:
+        self.log.append(f"load {self._name}")
+        self._runner.load()
+        self.inputs, self.outputs = self._runner.inputs, self._runner.outputs
+
+    def close(self) -> None:
+        self.log.append(f"close {self._name}")
+        self._runner.close()
+
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return self._runner.infer(feeds)
+
+
 class Poisoned(Runner):
     """A UNet whose second answer is NaN."""
 
@@ -149,13 +221,17 @@ def test_nan_names_the_component_and_the_step(
         return Poisoned(runner) if component == "unet" else runner
 
     monkeypatch.setattr("export.pipeline.open_component", open_poisoned)
-    with pytest.raises(SdcompressError, match="unet: gave NaN or infinity at step 2 of 3"):
+    with pytest.raises(VerificationError, match="unet: gave NaN or infinity at step 2 of 3"):
         generate(engine.path, PROMPTS[:1], SEEDS[:1], steps=3)
 
 
-def test_a_black_picture_is_said() -> None:
-    with pytest.warns(UserWarning, match="black all over"):
+def test_a_black_picture_is_an_error() -> None:
+    with pytest.raises(VerificationError, match="black all over.*overflow.*--calibrate") as caught:
         to_picture(np.full((3, 4, 4), -1.0))
+    assert caught.value.exit_code == 3
+    almost = np.full((3, 4, 4), -1.0)
+    almost[0, 0, 0] = -0.99
+    assert np.asarray(to_picture(almost)).sum() == 1
 
 
 def test_psnr() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
+from export.ranges import Ranges
 from export.run import STAGES, run
 from sdcompress.bundle import Bundle, locked
 from sdcompress.commands._common import open_model
@@ -32,6 +34,8 @@ SMALL: dict[str, Any] = {
     "bench": {"rounds": 2, "budget": 0.05},
     "pictures": {"prompts": ["a red cat"]},
 }
+# Without a target and without calibration.
+USUAL = [s for s in STAGES if s != "device" and not s.startswith("ranges/")]
 BUNDLES = ("pruned", "onnx/dense", "onnx/sparse", "engine/dense", "engine/sparse")
 
 
@@ -47,7 +51,7 @@ def _run(source: Bundle, out: Path, **changes: Any) -> tuple[list[str], list[str
 def finished(tiny_source: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     done, skipped = _run(tiny_source, out)
-    assert (done, skipped) == ([*STAGES, "report"], [])
+    assert (done, skipped) == ([*USUAL, "report"], [])
     return out
 
 
@@ -69,7 +73,7 @@ def test_a_run_leaves_everything(finished: Path) -> None:
 
 
 def test_a_second_run_does_nothing_but_the_page(tiny_source: Bundle, finished: Path) -> None:
-    assert _run(tiny_source, finished) == (["report"], [*STAGES])
+    assert _run(tiny_source, finished) == (["report"], USUAL)
 
 
 def test_only_what_a_change_touches_is_done_again(tiny_source: Bundle, finished: Path) -> None:
@@ -86,7 +90,7 @@ def test_what_was_damaged_is_made_again(tiny_source: Bundle, finished: Path) -> 
     done, _ = _run(tiny_source, finished)
     # the pruned model comes out as it was, so its exports would too; what was measured on
     # engines that had to be built again is measured again
-    assert done == [s for s in STAGES if not s.endswith("/dense")] + ["report"]
+    assert done == [s for s in USUAL if not s.endswith("/dense")] + ["report"]
     assert _digests(finished) == before
 
 
@@ -191,3 +195,49 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         bundle.check_files()
         assert bundle.manifest.files == expected[name]
     assert not list(out.rglob("*.partial*"))
+
+
+def test_an_engine_for_another_device_is_built_and_packed_and_not_measured(
+    tiny_source: Bundle, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "out"
+    changes = {
+        "target": "rtx-4090",
+        "export": {"dtype": "fp16", "calibrate": 1},
+        "engine": {"backend": "tensorrt_rtx", "options": {"check_flag": False}},
+    }
+    done, skipped = _run(tiny_source, out, **changes)
+    elsewhere = [s for s in STAGES if s != "bench" and not s.startswith("images/")]
+    assert (done, skipped) == ([*elsewhere, "report"], [])
+    assert not (out / "results.json").exists()
+    assert not (out / "images").exists() or not any((out / "images").iterdir())
+    dense, sparse = (Bundle.open(out / "engine" / twin) for twin in ("dense", "sparse"))
+    assert sparse.manifest.details["target"] == "rtx-4090"
+    assert sparse.manifest.details["options"] == dense.manifest.details["options"]
+    assert sparse.manifest.details["sizes"]["images"] == 1
+    page = (out / "report.html").read_text()
+    assert "Built and not measured here" in page
+    assert "What the builder did" in page
+    assert Ranges.read(out / "ranges-dense.json").beyond_fp16() == {}
+    with tarfile.open(out / "device.tar") as tar:
+        assert "sdcompress_device.pyz" in tar.getnames()
+    assert _run(tiny_source, out, **changes) == (["report"], elsewhere)
+
+
+def test_a_backend_for_other_machines_and_no_target_pack_nothing(
+    tiny_source: Bundle, finished: Path
+) -> None:
+    assert not (finished / "device.tar").exists()
+    assert not list(finished.glob("ranges*"))
+
+
+def test_an_unknown_target_is_refused_before_anything(tiny_source: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no target 'jetson-nano'"):
+        _run(tiny_source, tmp_path / "out", target="jetson-nano")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_hold_the_drift_of_the_pictures(finished: Path) -> None:
+    decibels = Results.read(finished / "results.json").quality["psnr"]
+    assert 5 < decibels < 60

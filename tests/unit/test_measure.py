@@ -150,6 +150,46 @@ def test_a_worker_answers(worker: str) -> None:
     assert answer["process_seconds"] > 0
 
 
+class Watching:
+    """Notes what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self._pid: int | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._pid
+
+    @pid.setter
+    def pid(self, value: int | None) -> None:
+        self._pid = value
+        self.log.append("pid")
+
+    def __enter__(self) -> Watching:
+        self.log.append("enter")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.log.append("exit")
+
+    def start_timing(self) -> None:
+        self.log.append("timing")
+
+    def summary(self) -> dict[str, float | None]:
+        return {"power_w": 70.0}
+
+
+def test_a_device_is_watched_beside_the_worker(worker: str) -> None:
+    watching = Watching()
+    code = f"import os; print({QUIET!r}, flush=True); answer = {{'pid': os.getpid()}}"
+    answer = run_worker(worker, {"code": code}, watch=lambda: watching)
+    assert answer["telemetry"] == {"power_w": 70.0}
+    assert answer["pid"] == watching.pid
+    assert watching.log == ["enter", "pid", "timing", "exit"]
+    assert "telemetry" not in run_worker(worker, {"code": code})
+
+
 def test_a_worker_is_deaf_to_modules_that_lie_around(
     worker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +270,8 @@ def test_rounds_find_a_worker_of_half_the_speed(worker: str) -> None:
     jobs = {"dense": {"code": code.format(10)}, "sparse": {"code": code.format(20)}}
     seen: list[tuple[int, int]] = []
     answers = run_rounds(worker, jobs, rounds=4, progress=lambda *step: seen.append(step))
+    places = [answer["process"] for some in answers.values() for answer in some]
+    assert sorted(places) == list(range(len(jobs) * 4))
     assert seen == [(i, 8) for i in range(1, 9)]
     result = compare(median_of(answers["dense"], "ms"), median_of(answers["sparse"], "ms"))
     assert result.verdict == "higher"

@@ -102,3 +102,14 @@ def test_a_model_must_come_from_somewhere(tmp_path: Path) -> None:
     assert model_of(recipe, "mini-sd2") == "mini-sd2"
     with pytest.raises(UsageError, match="--model"):
         model_of(recipe, None)
+
+
+def test_on_and_off_are_words(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: r\nexport: {upcast_attention: off}\nengine: {options: {sparse: on, refit: true}}\n"
+        "prune: {unet: {rules: [{pattern: '2:4'}]}}\n"
+    )
+    loaded = load_recipe(str(path))
+    assert loaded.export.upcast_attention == "off"
+    assert loaded.engine.options == {"sparse": "on", "refit": True}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdcompress.errors import InputError
-from sdcompress.report import charts, write_report
-from sdcompress.report.page import Pair, amount, headline, percent, size, verdict
+from sdcompress.report import charts, picture_quality, write_report
+from sdcompress.report.page import Pair, amount, headline, percent, read_pairs, size, verdict
 from sdcompress.results import Check
 from tests.sample_run import ROUNDS, comparison, make_run, sample_plan, sample_results
 
@@ -218,3 +220,85 @@ def test_the_axis_always_has_its_one_and_two_more_ticks(spread: float) -> None:
     ticks = charts._ticks(max(0.02, spread))
     assert 1.0 in ticks
     assert len(ticks) >= 3
+
+
+def _build_report(sparse_layers: int | None, changed: bool | None, digest: str) -> dict[str, Any]:
+    component = {
+        "plan_bytes": 12_300_000,
+        "plan_sha256": digest * 64,
+        "seconds": 7.25,
+        "layers_eligible": 42,
+        "layers_sparse": sparse_layers,
+        "log_generation": "10.x",
+        "tactics": 80,
+        "sparse_tactics": ["sm80_spmma_conv"] if sparse_layers else [],
+        "fused_attention": 14,
+        "context_bytes": 9_000_000,
+        "context_from": "engine",
+        "peak_build_bytes": None,
+        "workspace_mb": 512,
+        "optimization_level": None,
+        "ladder": [{"workspace_mb": 1024, "optimization_level": None, "failed": "out of <memory>"}],
+        "warnings": ["a <warning>"],
+        "missing": [],
+        "flag_changed_plan": changed,
+    }
+    runtime = {"module": "tensorrt", "version": "10.3.0", "os": "Linux", "machine": "aarch64"}
+    return {
+        "backend": "tensorrt",
+        "runtime": {**runtime, "compute_capability": "8.7"},
+        "target": "jetson-orin-nano",
+        "options": {},
+        "components": {"unet": component},
+    }
+
+
+def _engines(run: Path, dense: dict[str, Any], sparse: dict[str, Any]) -> None:
+    for twin, report in (("dense", dense), ("sparse", sparse)):
+        folder = run / "engine" / twin
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build_report.json").write_text(json.dumps(report))
+
+
+def test_the_page_says_what_the_builder_did(tmp_path: Path) -> None:
+    run = make_run(tmp_path, sample_results())
+    _engines(run, _build_report(0, None, "a"), _build_report(3, True, "b"))
+    page = write_report(run).read_text()
+    assert "tensorrt 10.3.0 for jetson-orin-nano, compute capability 8.7" in page
+    assert "the sparse plan differs from the dense one; sparse tactics:" in page
+    assert "sm80_spmma_conv" in page
+    assert "built again with less memory, because out of &lt;memory&gt;" in page
+    assert "a &lt;warning&gt;" in page
+
+
+def test_a_flag_without_effect_is_a_result(tmp_path: Path) -> None:
+    run = make_run(tmp_path, sample_results())
+    _engines(run, _build_report(None, False, "a"), _build_report(None, False, "a"))
+    page = write_report(run).read_text()
+    assert "no, the same bytes without it" in page
+    assert "the sparse plan is byte for byte the dense one" in page
+
+
+def test_a_broken_build_report_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, sample_results())
+    _engines(run, {"backend": "tensorrt"}, {"backend": "tensorrt"})
+    with pytest.raises(InputError, match=r"build_report.json: not a build report"):
+        write_report(run)
+
+
+def test_the_page_says_why_nothing_was_measured(tmp_path: Path) -> None:
+    run = make_run(tmp_path, sample_results())
+    (run / "results.json").unlink()
+    (run / "log.json").write_text('{"not_measured": "there is no <GPU>"}')
+    page = write_report(run).read_text()
+    assert "Built and not measured here: there is no &lt;GPU&gt;." in page
+    assert "Nothing has been measured yet" not in page
+
+
+def test_the_median_drift_of_the_pictures(tmp_path: Path) -> None:
+    run = make_run(tmp_path, sample_results())
+    pairs, _ = read_pairs(run)
+    found = sorted(100.0 if p.psnr is None else p.psnr for p in pairs)
+    middle = (found[(len(found) - 1) // 2] + found[len(found) // 2]) / 2
+    assert picture_quality(run) == {"psnr": pytest.approx(middle)}
+    assert picture_quality(tmp_path / "nothing") == {}
