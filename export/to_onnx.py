@@ -25,6 +25,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from export.graph_cache import cached
 from export.precision import (
     MOVES,
     attention_scores,
@@ -238,6 +239,13 @@ def build_skeleton(
 @lru_cache(maxsize=2 * len(COMPONENTS))  # a run exports two twins of one architecture
 def _build_skeleton(component: str, config_json: str, dtype: DTypeName, opset: int) -> Skeleton:
     config = json.loads(config_json)
+    key = [component, config, dtype, opset]
+    return Skeleton(*cached(key, lambda: _trace_skeleton(component, config, dtype, opset)))
+
+
+def _trace_skeleton(
+    component: str, config: Mapping[str, Any], dtype: DTypeName, opset: int
+) -> tuple[bytes, WeightMap]:
     spec = component_spec(component, config)
     module = architecture(component, config)
     weights = _distinct_values(module, dtype)
@@ -254,7 +262,7 @@ def _build_skeleton(component: str, config_json: str, dtype: DTypeName, opset: i
             f"{component}: expected {dtype} in every product, found another type in {wrong[0]}; "
             "export as fp32, or use the tested versions in constraints.txt"
         )
-    return Skeleton(proto.SerializeToString(deterministic=True), weight_map)
+    return proto.SerializeToString(deterministic=True), weight_map
 
 
 class _TextEncoder(nn.Module):

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdcompress.bundle import MANIFEST, Bundle, SourceRecord, sha256_file, staging
+from sdcompress.cache import cache_folder
 from sdcompress.catalog import CARRIED
 from sdcompress.errors import InputError, UsageError
 from sdcompress.models.checks import PICKLED, check_sd2_like
@@ -64,7 +64,7 @@ def resolve(
     """
     from sdcompress.models.lora import merge, parse_lora
 
-    cache = cache or default_cache()
+    cache = cache or cache_folder()
     wanted = [parse_lora(text, allow_pickle=allow_pickle) for text in loras]
     found = _find(model, cache, allow_pickle, offline, config, variant)
     check_sd2_like(found.directory)
@@ -76,13 +76,6 @@ def resolve(
     directory = _cached(cache / "merged" / key, lambda work: merge(found.directory, wanted, work))
     source = found.source.model_copy(update={"loras": (*found.source.loras, *records)})
     return ResolvedModel(directory, source)
-
-
-def default_cache() -> Path:
-    """Where imports and merges are kept."""
-    if chosen := os.environ.get("SDCOMPRESS_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdcompress"
 
 
 def carried_files(directory: Path) -> list[Path]:

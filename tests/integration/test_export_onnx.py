@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -117,7 +116,8 @@ def test_another_process_writes_the_same_bytes(
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONHASHSEED": "7"},
+        # Past the cache: it traces for itself.
+        env={**os.environ, "PYTHONHASHSEED": "7", "SDCOMPRESS_CACHE": str(tmp_path / "cache")},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == exported.digest
@@ -143,8 +143,8 @@ def test_the_skeleton_does_not_depend_on_the_values_it_was_traced_with(
     reference = build_skeleton("text_encoder", config, "fp32")
     make = np.random.default_rng
     monkeypatch.setattr(to_onnx.np.random, "default_rng", lambda seed: make(seed + 1))
-    traced_again = to_onnx._build_skeleton.__wrapped__  # past the cache
-    assert traced_again("text_encoder", json.dumps(config), "fp32", OPSET) == reference
+    traced_again = to_onnx._trace_skeleton("text_encoder", config, "fp32", OPSET)  # past the cache
+    assert traced_again == (reference.model, reference.weight_map)
 
 
 def test_equal_tensors_are_not_merged(exported: Bundle, tmp_path: Path) -> None:
@@ -208,3 +208,17 @@ def test_optimum_draws_diffusers_picture(
     assert expected.std() > 0.05  # a picture, not a grey area
     error = float(np.square(found - expected).mean())
     assert 10 * np.log10(1 / error) >= 60
+
+
+def test_a_cached_graph_is_the_one_that_tracing_gives(
+    tiny_sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(tiny_sd, "vae")
+    warm = build_skeleton("vae_decoder", config, "fp32")
+    to_onnx._build_skeleton.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(to_onnx, "_trace_skeleton", None)  # from the cache on the disk, or not at all
+        assert build_skeleton("vae_decoder", config, "fp32") == warm
+    cold = to_onnx._trace_skeleton("vae_decoder", config, "fp32", to_onnx.OPSET)
+    assert (warm.model, warm.weight_map) == cold
+    assert any((cache / "graphs").iterdir())

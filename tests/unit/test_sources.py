@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdcompress.bundle import Bundle, SourceRecord, seal
+from sdcompress.cache import cache_folder
 from sdcompress.catalog import weight_files
 from sdcompress.errors import InputError, UsageError
 from sdcompress.models import sources
@@ -68,9 +69,9 @@ def test_the_cache_is_where_the_environment_says(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SDCOMPRESS_CACHE", raising=False)
-    assert sources.default_cache() == tmp_path / "sdcompress"
+    assert cache_folder() == tmp_path / "sdcompress"
     monkeypatch.setenv("SDCOMPRESS_CACHE", "/elsewhere")
-    assert sources.default_cache() == Path("/elsewhere")
+    assert cache_folder() == Path("/elsewhere")
 
 
 # Weight variants ---------------------------------------------------------------------------------
