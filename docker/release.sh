@@ -88,6 +88,13 @@ if [[ -z $measured && -f $run/device.tar ]]; then
 fi
 [[ -f $results ]] || fail 1 "the engines cannot run on this machine; name the device they are for as TARGET"
 
+# The results name by its digest what was measured: this device.tar, or these engines.
+made=$(
+    [[ ! -f $run/device.tar ]] || tar -xOf "$run/device.tar" manifest.json | sha256sum
+    sha256sum <"$run/engine/sparse/manifest.json"
+)
+grep -qF "${made//  -/}" "$results" || fail 3 "$results: measured something else than what is in $run; measure that"
+
 limits=(--recipe "$recipe")
 # A device makes no pictures; where this machine could, theirs are judged.
 [[ -z $measured || ! -f $run/results.json ]] || limits+=(--quality-from "$run/results.json")

@@ -24,6 +24,7 @@ from export.device.telemetry import Telemetry as Readings
 from export.pipeline import Geometry, check_sizes, tokenize
 from export.residency import Residency
 from export.specs import COMPONENTS
+from sdcompress.build_report import BuildReport
 from sdcompress.bundle import Bundle, runtime_versions, tool_versions
 from sdcompress.errors import InputError, UsageError
 from sdcompress.measure import Watcher, run_rounds, run_worker
@@ -45,7 +46,7 @@ PROMPT = "a large red circle left of a small blue square on a white background"
 MEMORY = "peak anonymous memory of the process tree (smaps_rollup), mapped files not counted"
 # What both engines must have in common, of the details of their manifests.
 SAME = (
-    *("backend", "providers", "options", "dtype", "target", "sizes"),
+    *("backend", "providers", "options", "dtype", "opset", "target", "sizes"),
     *("upcast_attention", "kept_fp32"),
 )
 OTHER: dict[Residency, Residency] = {"resident": "sequential", "sequential": "resident"}
@@ -284,6 +285,7 @@ def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
                 f"the engines differ in {fact} ({a} and {b}), so nothing could be put down to "
                 "sparsity; build both with the same settings"
             )
+    _check_limits(dense, sparse)
     sources = [(x.manifest.source.id, x.manifest.source.revision) for x in (dense, sparse)]
     if sources[0] != sources[1]:
         a, b = (f"{name}@{revision}" if revision else name for name, revision in sources)
@@ -296,6 +298,21 @@ def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
         raise UsageError(
             f"{dense.path} is given as the dense engine and has {a:,} zeros planned, "
             f"{sparse.path} has {b:,}; swap the two"
+        )
+
+
+def _check_limits(dense: Bundle, sparse: Bundle) -> None:
+    """The same options are not enough: out of memory, a build goes on with less."""
+    reports = [BuildReport.read(bundle.path) for bundle in (dense, sparse)]
+    if reports[0] is None or reports[1] is None:
+        return
+    apart, lowest = reports[0].limits_apart(reports[1])
+    if apart:
+        a, b = (report.components[apart[0]].limits for report in reports if report)
+        options = " ".join(f"--option {name}={limit}" for name, limit in lowest.items())
+        raise UsageError(
+            f"{apart[0]}: one build ran out of memory and went on with less than the other "
+            f"({a} and {b}), so nothing could be put down to sparsity; build both with {options}"
         )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.device.preflight import estimate
+from export.device_results import TOLERANCE
 from export.device_results import is_device_results as is_device_results
 from export.device_results import read_results as read_results
 from export.specs import COMPONENTS, Sizes, component_spec, make_inputs
@@ -145,7 +146,7 @@ def write_device_bundle(
         "version": VERSION,
         "subject": subject,
         "target": target.model_dump(mode="json"),
-        "tolerance": _tolerance(),
+        "tolerance": TOLERANCE,
         # A list keeps the order of a picture, which sorted keys would not.
         "order": list(COMPONENTS),
         "components": components,
@@ -315,13 +316,6 @@ def _run(
             f"{model}: gives NaN or infinity already here; export with dtype fp32, or prune less"
         )
     return dict(zip(names, outputs, strict=True))
-
-
-def _tolerance() -> float:
-    """fp16's bound for fp32 graphs too: GPUs multiply those in TF32, which rounds like fp16."""
-    from export.parity import PARITY_TOLERANCE
-
-    return PARITY_TOLERANCE["fp16"]
 
 
 def _check_twins(dense: Bundle, sparse: Bundle, target: Target) -> None:

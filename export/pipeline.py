@@ -84,7 +84,8 @@ def check_sizes(
         many = f"{images} picture{'s' if images > 1 else ''} at once"
         return f"{many} of {height}×{width} pixels {'with' if guided else 'without'} guidance"
 
-    flags = f"--height {height} --width {width}{'' if guidance > 1 else ' --no-guidance'}"
+    branches = "--guidance" if guidance > 1 else "--no-guidance"
+    flags = f"--height {height} --width {width} {branches}"
     raise UsageError(
         f"the engine was built for {say(*fixed)}, asked is {say(*asked)}; "
         f"build it again with {flags}, or ask for what it was built for"

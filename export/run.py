@@ -30,6 +30,7 @@ from export.backends import Backend, load_backend
 from export.pipeline import Geometry
 from export.specs import Sizes
 from export.targets import Target, load_target
+from sdcompress.build_report import BuildReport
 from sdcompress.bundle import (
     Bundle,
     locked,
@@ -240,6 +241,12 @@ class _Job:
     @classmethod
     def check(cls, recipe: Recipe, source: Bundle) -> _Job:
         """Raises UsageError for what would fail later, before anything slow."""
+        prompts, wanted = len(recipe.pictures.prompts), recipe.export.calibrate
+        if wanted > prompts:
+            raise UsageError(
+                f"'export: {{calibrate: {wanted}}}' paints as many prompts, found {prompts}; add "
+                "prompts to 'pictures', or ask for fewer"
+            )
         target = load_target(recipe.target) if recipe.target else None
         job = cls(load_backend(recipe.engine.backend), target, sampling(recipe, source))
         job.backend.check(recipe.engine.options, job.built_for)
@@ -369,31 +376,45 @@ def _engines(
     announce: Announce,
     tell: Tell,
 ) -> dict[str, Bundle]:
-    """The engines of both twins, built with the same settings."""
-    options = dict(recipe.engine.options)
+    """The engines of both twins, built with the same settings.
 
-    def build(parent: Bundle, path: Path) -> Bundle:
-        return job.backend.build(
-            parent,
-            path,
-            target=job.built_for,
-            sizes=job.sizes,
-            options=options,
-            replace=True,
-            progress=lambda name, phase, done, steps: tell(f"{name}: {phase}, {done} of {steps}"),
-        )
+    Where memory ran out for one of them only, both are built again with what was left to that one.
+    """
 
+    asked = dict(recipe.engine.options)
     settings = {
         "backend": job.backend.name,
-        "options": options,
+        "options": asked,
         "target": job.built_for.model_dump(mode="json") if job.built_for else None,
         "sizes": asdict(job.sizes),
         "runtime": runtime_versions(),
     }
-    return {
-        twin: _bundle(place, f"engine/{twin}", settings, build, onnx[twin], announce)
-        for twin in TWINS
-    }
+
+    def build(options: dict[str, Any]) -> dict[str, Bundle]:
+        def make(parent: Bundle, path: Path) -> Bundle:
+            return job.backend.build(
+                parent,
+                path,
+                target=job.built_for,
+                sizes=job.sizes,
+                options=options,
+                replace=True,
+                progress=lambda name, phase, done, of: tell(f"{name}: {phase}, {done} of {of}"),
+            )
+
+        return {
+            twin: _bundle(place, f"engine/{twin}", settings, make, onnx[twin], announce)
+            for twin in TWINS
+        }
+
+    engines = build(asked)
+    dense, sparse = (BuildReport.read(engines[twin].path) for twin in TWINS)
+    apart, lowest = dense.limits_apart(sparse) if dense and sparse else ([], {})
+    if apart:
+        for twin in TWINS:
+            place.drop(f"engine/{twin}")
+        engines = build({**asked, **lowest})
+    return engines
 
 
 def _device(
@@ -499,7 +520,7 @@ def sampling(recipe: Recipe, source: Bundle) -> dict[str, Any]:
     from sdcompress.models.defaults import sampling_defaults
 
     asked = recipe.sampling.model_dump(exclude_none=True)
-    return {**sampling_defaults(source.manifest.source), **asked}
+    return {**sampling_defaults(source), **asked}
 
 
 def command_line(argv: list[str]) -> str:

@@ -68,6 +68,14 @@ class Component(_Record):
         "if two builds alike give other bytes"
     )
 
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """What memory was left to the build, by the names of the options that set it."""
+        return {
+            "workspace_mb": self.workspace_mb,
+            "optimization_level": self.optimization_level,
+        }
+
 
 class BuildReport(_Record):
     """The whole of build_report.json; `options` are those used, with nothing left to choose."""
@@ -78,6 +86,23 @@ class BuildReport(_Record):
     target: str | None = None
     options: dict[str, object]
     components: dict[str, Component]
+
+    def limits_apart(self, other: BuildReport) -> tuple[list[str], dict[str, int]]:
+        """The components that were built within other limits than in `other`, and the lower limits.
+
+        Builds that run out of memory go on with less. Both can be built with the lower limits.
+        """
+        pairs = {
+            name: (part.limits, other.components[name].limits)
+            for name, part in self.components.items()
+            if name in other.components and part.limits != other.components[name].limits
+        }
+        lowest: dict[str, int] = {}
+        for limits in (one for pair in pairs.values() for one in pair):
+            for name, limit in limits.items():
+                if limit is not None:
+                    lowest[name] = min(limit, lowest.get(name, limit))
+        return list(pairs), lowest
 
     @classmethod
     def read(cls, engine: Path) -> BuildReport | None:

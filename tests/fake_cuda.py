@@ -84,11 +84,8 @@ class FakeLibrary:
         count._obj.value = self.devices
         return OK if self.devices else NO_DEVICE
 
-    def cudaSetDevice(self, device: int) -> int:
-        return OK
-
     def cudaDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
-        value._obj.value = {75: self._major, 76: self._minor, 16: 8}[attribute]
+        value._obj.value = {75: self._major, 76: self._minor}[attribute]
         return OK
 
     def cudaGetDeviceProperties(self, properties: Any, device: int) -> int:

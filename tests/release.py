@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -20,7 +21,8 @@ echo "$*" >> {log}
 case $1 in
 plan) {plan} ;;
 run)
-    mkdir -p "${{*: -1}}" && cd "${{*: -1}}"
+    mkdir -p "${{*: -1}}/engine/sparse" && cd "${{*: -1}}"
+    echo made > engine/sparse/manifest.json
     echo name: x | tee recipe.yaml > report.html
     {run} ;;
 verify) {verify} ;;
@@ -45,6 +47,13 @@ def stub(directory: Path, **commands: str) -> str:
     """A PATH with a stand-in for sdcompress; its calls are written to `directory`/calls."""
     told = dict.fromkeys(("plan", "run", "verify", "gate"), "echo {}") | commands
     return _on_path(directory, _STUB.format(log=directory / "calls", **told))
+
+
+# What stand-ins for `run` leave: figures of the engine, or a bundle for the device; and the figures
+# that a device brings back.
+FIGURES = "sha256sum < engine/sparse/manifest.json > results.json"
+BUNDLE = "echo bundle > manifest.json; tar -cf device.tar manifest.json; rm manifest.json"
+BROUGHT = hashlib.sha256(b"bundle\n").hexdigest()
 
 
 def real(directory: Path) -> str:

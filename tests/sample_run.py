@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from sdcompress.build_report import BuildReport, Component, Runtime
 from sdcompress.bundle import Manifest, SourceRecord, seal
 from sdcompress.evaluation.images import save
 from sdcompress.measure import Comparison, compare, family_confidence
@@ -116,6 +117,26 @@ def sample_results(
             versions={"onnxruntime": "1.31"},
         ),
         sparsity=account(sample_plan()),
+    )
+
+
+def build_report(limits: Mapping[str, Mapping[str, int | None]]) -> BuildReport:
+    """Of a build that says nothing but with what its components were built in the end."""
+    unknown = dict.fromkeys(
+        ("layers_eligible", "layers_sparse", "log_generation", "tactics", "fused_attention",
+         "context_bytes", "context_from", "peak_build_bytes", "flag_changed_plan",
+         "workspace_mb", "optimization_level")
+    )  # fmt: skip
+    none = dict.fromkeys(("sparse_tactics", "ladder", "warnings", "missing"), ())
+    known = {"plan_bytes": 1, "plan_sha256": "a", "seconds": 1.0}
+    return BuildReport(
+        backend="tensorrt",
+        runtime=Runtime(module="tensorrt", version="10.3.0", os="Linux", machine="aarch64"),
+        options={},
+        components={
+            name: Component.model_validate({**unknown, **none, **known, **one})
+            for name, one in limits.items()
+        },
     )
 
 

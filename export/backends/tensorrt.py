@@ -11,7 +11,6 @@ import platform
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from export.backends import Runner, Tensor
 from export.device import builder
 from export.device.errors import DeviceError
+from export.device.process import command_of
 from export.specs import Sizes, static_shapes
 from sdcompress.build_report import BUILD_REPORT, BuildReport, Component
 from sdcompress.build_report import Runtime as RuntimeRecord
@@ -415,9 +415,6 @@ class _Job:
         return lambda phase, done, steps: progress(component, phase, done, steps)
 
 
-ARGV = (sys.executable, "-m", "export.device.builder")
-
-
 def _build_all(
     job: _Job, components: list[str], sizes: Sizes
 ) -> tuple[Sizes, dict[str, Component]]:
@@ -444,7 +441,7 @@ def _build_all(
 def _build_one(job: _Job, component: str, sizes: Sizes) -> Component:
     (job.work / component).mkdir(exist_ok=True)
     request = job.request(component, sizes)
-    made = builder.build_in_process(request, ARGV, job.tell(component))
+    made = builder.build_in_process(request, command_of("builder"), job.tell(component))
     shutil.move(request.log, job.work / component / LOG)
     return Component.model_validate(made)
 
@@ -635,7 +632,7 @@ def refit(engine: Bundle, onnx: Bundle, out: Path, *, replace: bool = False) -> 
                 refit_sha256=details["plans"][component],
             )
             try:
-                new = builder.run_in_process(request, ARGV)
+                new = builder.run_in_process(request, command_of("builder"))
             except DeviceError as error:
                 raise _ours(error) from error
             shutil.move(log, work / component / LOG)

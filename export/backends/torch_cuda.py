@@ -75,8 +75,6 @@ class TorchCudaBackend:
     def check(self, options: Mapping[str, Any], target: Target | None = None) -> None:
         _options(options)
         _no_target(target)
-        if why := self.available():
-            raise UsageError(why)
 
     def why_not_run(self, details: Mapping[str, Any]) -> str | None:
         if why := self.available():

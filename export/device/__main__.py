@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.compute_capability and (options.only != "build" or options.trtexec):
         parser.error("--compute-capability builds ahead through the module: add --only build")
+    if options.trtexec and options.residency == "resident":
+        parser.error("trtexec holds one engine at a time: leave out --residency")
     try:
         _run(options)
     except DeviceError as e:
@@ -67,9 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_rounds, default=10, help="processes of each contestant (default: 10)")
     add("--budget", type=float, default=4.0, help="seconds of timed work a process (default: 4)")
     add("--seed", type=int, default=0, help="of the order in which processes take turns")
-    held = parser.add_mutually_exclusive_group()
-    held.add_argument("--resident", action="store_true", help="hold all engines at once")
-    held.add_argument("--sequential", action="store_true", help="hold one engine at a time")
+    add(
+        "--residency",
+        choices=("resident", "sequential"),
+        help="hold all engines at once, or one at a time (default: as the target suggests)",
+    )
     add("--cuda-graph", action="store_true", help="launch each inference as one CUDA graph")
     add("--workspace", type=_positive, metavar="MIB", help="of the builder (default: the target's)")
     add("--level", type=int, choices=range(6), help="builder optimisation level (TensorRT's: 3)")
@@ -84,6 +88,8 @@ def _run(options: argparse.Namespace) -> None:
     contents = Contents(options.root)
     target = contents.target
     preflight.check_system(target)
+    if options.only in (None, "measure"):
+        preflight.check_output(options.output)
     _say("checking digests")
     contents.check()
     work = (options.work or options.root / "work").resolve()
@@ -118,9 +124,9 @@ def _run(options: argparse.Namespace) -> None:
         for one in checks:
             print(f"{one['twin']:8}{one['component']:14}differs by {one['error']:.1e}")
         return
-    residency = target["residency"]
-    if options.resident or options.sequential:
-        residency = "resident" if options.resident else "sequential"
+    residency = options.residency or target["residency"]
+    if options.trtexec:
+        residency = "sequential"
     with Telemetry((facts.get("gpu") or {}).get("pci_bus_id")) as telemetry:
         measured = measure_all(
             route,

@@ -68,14 +68,14 @@ def build_all(
     """
     engines: Engines = {twin: {} for twin in TWINS}
     for component in contents.components:
-        wanted = settings
-        while True:
+        wanted, built = settings, dict[str, Built]()
+        while len(built) < len(TWINS) or any(one.settings != wanted for one in built.values()):
             for twin in TWINS:
-                built = _build(contents, route, work, component, twin, wanted, say)
-                engines[twin][component] = built
-                wanted = built.settings
-            if len({tuple(engines[twin][component].settings.values()) for twin in TWINS}) == 1:
-                break
+                if twin not in built or built[twin].settings != wanted:
+                    built[twin] = _build(contents, route, work, component, twin, wanted, say)
+                    wanted = built[twin].settings
+        for twin in TWINS:
+            engines[twin][component] = built[twin]
     return engines
 
 

@@ -7,12 +7,10 @@ names, loading the result to look into it) may be missing, and the report then s
 Each build is a process of its own, so that one that runs out of memory takes nobody along:
 
     build(trt, request)                          in this process
-    python -m export.device.builder REQUEST.json RESULT.json
     run_in_process(request, argv_prefix)         starts `*argv_prefix REQUEST RESULT`
     build_in_process(request, argv_prefix)       likewise, and goes down the ladder below
 
-A zipped script has `sys.argv[0]` and a word of its own in `argv_prefix`, and calls `main` with the
-two paths when it meets that word.
+`argv_prefix` is `process.command_of("builder")`, which runs `main` with the two paths.
 
 The ladder: on running out of memory, or where TensorRT left out tactics for lack of it, the build
 is repeated with half the workspace, a quarter of it, then one and two levels of optimisation less.
@@ -808,7 +806,3 @@ def _flag_changes_plan(
         if digests[True] & digests[False]:
             return False
     return True if len(digests[True]) == len(digests[False]) == 1 else None
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import ctypes
 import glob
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .errors import DeviceError
@@ -22,13 +22,13 @@ WHEELS = ("nvidia/cu13/lib", "nvidia/cuda_runtime/lib")
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
 _NON_BLOCKING = 1  # a stream that does not wait for the default one
 _CAPTURE_THREAD_LOCAL = 1
-_MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16  # cudaDeviceAttr
+_MAJOR, _MINOR = 75, 76  # cudaDeviceAttr
 _OUT_OF_MEMORY = 2
 # cudaDeviceProp has grown with every version, but has always begun with the name.
 _PROPERTIES_BYTES, _NAME_BYTES = 1 << 14, 256
 
 _HINTS = {
-    _OUT_OF_MEMORY: "close other programs, or use --sequential or smaller pictures",
+    _OUT_OF_MEMORY: "close other programs, or use --residency sequential or smaller pictures",
     3: "the driver could not be started; restart the machine",
     35: "there is no NVIDIA driver here, or one older than this CUDA runtime; install or update it",
     100: "no NVIDIA GPU is visible here; check nvidia-smi, CUDA_VISIBLE_DEVICES and, in a "
@@ -41,51 +41,45 @@ _HINTS = {
 
 
 class Cuda:
-    """One GPU. Every method raises DeviceError with CUDA's own words if a call fails."""
+    """The first GPU. Every method raises DeviceError with CUDA's own words if a call fails.
 
-    def __init__(self, library: Any, device: int = 0) -> None:
+    Asking for facts starts nothing on the GPU: that would take memory from what is built meanwhile.
+    """
+
+    def __init__(self, library: Any) -> None:
         """`library` is libcudart as ctypes loads it, or a stand-in with the same functions."""
         self._library = library
         self._on_the_way: dict[int, list[bytes]] = {}
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
         count = ctypes.c_int()
         self._call("cudaGetDeviceCount", ctypes.byref(count))
-        if device >= count.value:
-            raise DeviceError(
-                f"there is no GPU {device}: found {count.value}; check CUDA_VISIBLE_DEVICES"
-            )
-        self.device = device
-        self._call("cudaSetDevice", device)
 
     @classmethod
-    def load(cls, device: int = 0) -> Cuda:
-        """Find libcudart and take a GPU.
+    def load(cls) -> Cuda:
+        """Find libcudart and a GPU.
 
         Raises:
             DeviceError: no CUDA runtime, no GPU, or a driver that does not fit.
         """
-        return cls(_load_library(), device)
+        return cls(_load_library())
 
     @property
     def compute_capability(self) -> str:
         return f"{self._attribute(_MAJOR)}.{self._attribute(_MINOR)}"
 
     @property
-    def multiprocessors(self) -> int:
-        return self._attribute(_MULTIPROCESSORS)
-
-    @property
     def name(self) -> str:
         properties = ctypes.create_string_buffer(_PROPERTIES_BYTES)
-        self._call("cudaGetDeviceProperties", properties, self.device)
+        self._call("cudaGetDeviceProperties", properties, 0)
         return properties.raw[:_NAME_BYTES].split(b"\0")[0].decode(errors="replace")
 
     @property
-    def pci_bus_id(self) -> str:
-        """The name of the card that NVML knows it by, such as "0000:01:00.0"."""
+    def pci_bus_id(self) -> str | None:
+        """The card's name in NVML, such as "0000:01:00.0"; None for a GPU that is on no bus."""
         name = ctypes.create_string_buffer(32)
-        self._call("cudaDeviceGetPCIBusId", name, len(name), self.device)
-        return name.value.decode(errors="replace")
+        with suppress(DeviceError):
+            self._call("cudaDeviceGetPCIBusId", name, len(name), 0)
+        return name.value.decode(errors="replace") or None
 
     @property
     def driver_version(self) -> str:
@@ -205,7 +199,7 @@ class Cuda:
 
     def _attribute(self, attribute: int) -> int:
         value = ctypes.c_int()
-        self._call("cudaDeviceGetAttribute", ctypes.byref(value), attribute, self.device)
+        self._call("cudaDeviceGetAttribute", ctypes.byref(value), attribute, 0)
         return value.value
 
     def _version(self, function: str) -> str:
@@ -226,7 +220,7 @@ class Cuda:
         text = self._library.cudaGetErrorString(code) or b"unknown error"
         self._library.cudaGetLastError()  # so that the next call is not blamed for this one
         hint = f"; {_HINTS[code]}" if code in _HINTS else ""
-        raise DeviceError(f"CUDA: {text.decode(errors='replace')} ({name}, code {code}){hint}")
+        raise DeviceError(f"{text.decode(errors='replace')} ({name}, code {code}){hint}")
 
 
 def _load_library() -> Any:

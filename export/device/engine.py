@@ -37,7 +37,6 @@ class Engine:
         cuda_graph: bool = False,
         built_for: str = "",
         weight_budget: int | None = None,
-        runtime_cache: bool = True,
         allow_host_code: bool = False,
         log: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -55,13 +54,15 @@ class Engine:
         self.gpu_milliseconds: float | None = None
         self._path, self._cuda_graph, self._graph = plan, cuda_graph, 0
         self._buffers: dict[str, tuple[int, int]] = {}  # name → address, bytes
+        self._shapes: dict[str, Shape] | None = None  # those given, that the buffers are for
         self._events: tuple[int, ...] = ()
         self._stream = 0
         self._context: Any = None
+        self._config: Any = None
         self._cache: Any = None
         self._cache_file: Path | None = None
         # TensorRT-RTX compiles kernels when a plan is first run here, and can keep them.
-        if runtime_cache and hasattr(getattr(trt, "IRuntimeConfig", None), "create_runtime_cache"):
+        if hasattr(getattr(trt, "IRuntimeConfig", None), "create_runtime_cache"):
             name = f"{trt.__name__}-{trt.__version__}-{sha256[:16]}.cache"
             self._cache_file = _cache_home() / name
         self._says = _make_logger(trt, log)
@@ -82,7 +83,7 @@ class Engine:
         try:
             if weight_budget is not None:
                 self._engine.weight_streaming_budget_v2 = weight_budget
-            self._context = self._create_context()
+            self._context = self._create_context(trt)
             self._prepare(trt, weight_budget)
         except BaseException:
             self.close()
@@ -115,8 +116,11 @@ class Engine:
             raise DeviceError(
                 f"{self._path}: takes {', '.join(self.inputs)}, got {', '.join(feeds) or 'nothing'}"
             )
-        if shapes or not self._buffers:
-            self._set_shapes(shapes or {})
+        asked = {name: tuple(shape) for name, shape in (shapes or {}).items()}
+        if asked != self._shapes:
+            self._shapes = None
+            self._set_shapes(asked)
+            self._shapes = asked
         for name, data in feeds.items():
             address, nbytes = self._buffers[name]
             if memoryview(data).nbytes != nbytes:
@@ -162,18 +166,23 @@ class Engine:
             self._cuda.destroy_stream(self._stream)
         self._graph, self._events, self._stream = 0, (), 0
         # In this order: a context must not outlive its engine, nor that its runtime.
-        self._context = self._cache = None
+        self._context = None
+        self._config = self._cache = None
         self._engine = None
         self._runtime = None
 
-    def _create_context(self) -> Any:
+    def _create_context(self, trt: Any) -> Any:
         if self._cache_file:
-            config = self._engine.create_runtime_config()
-            self._cache = config.create_runtime_cache()
+            self._config = self._engine.create_runtime_config()
+            self._cache = self._config.create_runtime_cache()
             if self._cache_file.is_file():
                 self._cache.deserialize(self._cache_file.read_bytes())  # it refuses what is stale
-            config.set_runtime_cache(self._cache)
-            context = self._engine.create_execution_context(config)
+            self._config.set_runtime_cache(self._cache)
+            # Its plans may allocate while they run, which no capture of ours survives.
+            if self._cuda_graph and hasattr(self._config, "cuda_graph_strategy"):
+                self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                self._cuda_graph = False
+            context = self._engine.create_execution_context(self._config)
         else:
             context = self._engine.create_execution_context()
         if context is None:
@@ -182,7 +191,7 @@ class Engine:
             raise DeviceError(
                 f"{self._path}: TensorRT could not make room to run it{self._says.reason()}: needs "
                 f"{needed} MiB beside its weights, {free} of {total} MiB are free; close other "
-                "programs, or use --sequential or smaller pictures"
+                "programs, or use --residency sequential or smaller pictures"
             )
         return context
 
@@ -210,6 +219,7 @@ class Engine:
         self._events = (self._cuda.event(), self._cuda.event())
         if all(size >= 0 for _, shape in self.inputs.values() for size in shape):
             self._allocate()
+            self._shapes = {}
 
     def _set_shapes(self, shapes: Mapping[str, Shape]) -> None:
         """Take the inputs' sizes and the first profile that allows them."""
@@ -227,7 +237,7 @@ class Engine:
         if self._context.active_optimization_profile != fitting[0]:
             self._context.set_optimization_profile_async(fitting[0], self._stream)
         for name, shape in shapes.items():
-            self._context.set_input_shape(name, tuple(shape))
+            self._context.set_input_shape(name, shape)
         self._allocate()
 
     def _fits(self, shapes: Mapping[str, Shape], profile: int) -> bool:

@@ -27,6 +27,7 @@ _PERSISTENT = re.compile(r"Total Device Persistent Memory: (\d+)")
 _LAYER = re.compile(r"^Name: .*\bLayerType: ")
 _TACTIC = re.compile(r"\bTacticName: ([^,\]}]*)")
 _SPARSE_TACTIC = re.compile(r"spars|spmma|sp_gemm", re.IGNORECASE)
+_STUB = re.compile("stub", re.IGNORECASE)  # stands for what TensorRT-RTX chooses later
 _FUSED_ATTENTION = re.compile(r"mha|flash_?att", re.IGNORECASE)
 _WARNING = re.compile(r"^\[WARNING\] (.*)|\[W\] (?:\[TRT\] )?(.*)")
 
@@ -193,7 +194,7 @@ def weigh(facts: LogFacts, inspected: list[str] | None, engine_context: int | No
     named = sorted(sparse_tactics(tactics)) if tactics else []
     layers_sparse = facts.chosen
     # Names of tactics show what is there; that none shows is only proof where all have names.
-    if named or (inspected and all(inspected)):
+    if named or (inspected and all(name and not _STUB.search(name) for name in inspected)):
         layers_sparse = len(named)
     warnings = list(facts.warnings)
     if facts.over_workspace:

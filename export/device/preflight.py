@@ -109,6 +109,12 @@ def check_disk(contents: Contents, work: Path) -> None:
         )
 
 
+def check_output(file: Path) -> None:
+    """Refuse before an hour's work where its results could not be written in the end."""
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise DeviceError(f"{file}: cannot be written there; choose another --output")
+
+
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     """Bytes the system can give without swapping, and what swap has left; None if unknown."""
     found = {}

@@ -30,8 +30,12 @@ sys.exit(importlib.import_module(sys.argv[2]).main(sys.argv[3:]))
 
 
 def command_of(module: str) -> list[str]:
-    """How to run `main(arguments)` of a module of this package in a fresh process."""
-    return [sys.executable, "-c", _START, str(HOME), f"{__package__}.{module}"]
+    """How to run `main(arguments)` of a module of this package in a fresh process.
+
+    Nothing in the current directory is imported there, and `python -I` stays what it is.
+    """
+    isolated = ["-I"] if sys.flags.isolated else []
+    return [sys.executable, *isolated, "-c", _START, str(HOME), f"{__package__}.{module}"]
 
 
 def run_job(

@@ -108,7 +108,13 @@ class TrtexecRoute:
         return errors
 
     def measure(self, job: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
-        """One run of trtexec for each component; a picture is added up from their medians."""
+        """One run of trtexec for each component; a picture is added up from their medians.
+
+        Raises:
+            DeviceError: engines are asked to be held together, or trtexec failed.
+        """
+        if job["residency"] == "resident":
+            raise DeviceError("trtexec holds one engine at a time")
         result: dict[str, Any] = {}
         picture = load = 0.0
         watch.start_timing()
@@ -124,6 +130,11 @@ class TrtexecRoute:
                 ]
                 text = self._infer(engine, arguments)
                 times = [float(one["computeMs"]) for one in _read(file)]
+            if job["cuda_graph"] and "--useCudaGraph flag has been ignored" in text:
+                raise DeviceError(
+                    f"{engine['name']}: trtexec cannot run it as a CUDA graph; leave out "
+                    "--cuda-graph"
+                )
             if not times:
                 raise DeviceError(f"{engine['name']}: trtexec exported no times")
             result[stage] = times

@@ -47,7 +47,10 @@ def load_tensorrt(name: str) -> Any:
                 "(a virtual environment needs --system-site-packages)"
             )
         else:
-            how = "install TensorRT 10.3 or newer with its Python wheel"
+            how = (
+                "install TensorRT 10.3 or newer with its Python wheel, or `pip install "
+                "tensorrt-rtx` and add --module tensorrt_rtx"
+            )
         raise DeviceError(
             f"the Python module {name} cannot be imported ({e}); {how}; or use the other path: "
             "--trtexec /usr/src/tensorrt/bin/trtexec"

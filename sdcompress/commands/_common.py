@@ -102,8 +102,8 @@ def _progress(*columns: ProgressColumn) -> Progress:
 
 
 @contextmanager
-def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar over bytes of weights, on a terminal only."""
+def bytes_bar(what: str, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar over `total` bytes, on a terminal only; told what is done and bytes more."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -113,10 +113,17 @@ def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
         TimeRemainingColumn(),
     )
     with _progress(*columns) as progress:
-        files = bundle.manifest.files.items()
-        total = sum(record.size for name, record in files if name.endswith(".safetensors"))
-        task = progress.add_task("reading", total=total)
-        yield lambda what, n: progress.update(task, description=what, advance=n)
+        task = progress.add_task(what, total=total)
+        yield lambda doing, n: progress.update(task, description=doing, advance=n)
+
+
+@contextmanager
+def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar over bytes of weights, on a terminal only."""
+    files = bundle.manifest.files.items()
+    total = sum(record.size for name, record in files if name.endswith(".safetensors"))
+    with bytes_bar("reading", total) as progress:
+        yield progress
 
 
 @contextmanager

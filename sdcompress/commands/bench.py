@@ -73,7 +73,7 @@ def command(
         )
     dense_engine, sparse_engine = (Bundle.open(p, stages=("engine",)) for p in (dense, sparse))
     asked = {"steps": steps, "guidance": guidance, "height": height, "width": width}
-    defaults = sampling_defaults(dense_engine.manifest.source)
+    defaults = sampling_defaults(dense_engine)
     sampling: dict[str, Any] = {k: defaults[k] if v is None else v for k, v in asked.items()}
     with counted_progress("measuring") as progress:
         results = bench(

@@ -47,7 +47,11 @@ class Output(BaseModel):
 @click.option("--height", type=int, help="Of the pictures, in pixels, where shapes are fixed.")
 @click.option("--width", type=int, help="Of the pictures, in pixels, where shapes are fixed.")
 @click.option("--images", type=click.IntRange(min=1), default=1, help="Pictures at once.")
-@click.option("--no-guidance", is_flag=True, help="For distilled models: one branch, not two.")
+@click.option(
+    "--guidance/--no-guidance",
+    default=None,
+    help="Two branches, or one as distilled models want it.  [default: the model's own]",
+)
 @click.option(
     "--refit",
     type=click.Path(path_type=Path),
@@ -70,7 +74,7 @@ def command(
     height: int | None,
     width: int | None,
     images: int,
-    no_guidance: bool,
+    guidance: bool | None,
     refit: Path | None,
     options: tuple[str, ...],
     as_json: bool,
@@ -86,6 +90,7 @@ def command(
     from export.specs import Sizes
     from export.targets import load_target
     from sdcompress.bundle import Bundle
+    from sdcompress.models.defaults import sampling_defaults
 
     watch = Stopwatch()
     wanted = _parse(options)
@@ -103,7 +108,9 @@ def command(
             made = refit_engine(Bundle.open(refit), source, output)
     else:
         chosen.check(wanted, device)
-        sizes = Sizes(images, not no_guidance, height, width)
+        if guidance is None:
+            guidance = sampling_defaults(source)["guidance"] > 1
+        sizes = Sizes(images, guidance, height, width)
         with stage_status(f"building with {name}") as tell:
             made = chosen.build(
                 source,

@@ -31,7 +31,11 @@ class Output(BaseModel):
 @click.option("--height", type=click.IntRange(min=8), help="Pixels.")
 @click.option("--width", type=click.IntRange(min=8), help="Pixels.")
 @click.option("--images", type=click.IntRange(min=1), default=1, help="Pictures at once.")
-@click.option("--no-guidance", is_flag=True, help="For distilled models: one branch, not two.")
+@click.option(
+    "--guidance/--no-guidance",
+    default=None,
+    help="Two branches, or one as distilled models want it.  [default: the model's own]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs to compare by.")
 @json_option
 def command(
@@ -43,7 +47,7 @@ def command(
     height: int | None,
     width: int | None,
     images: int,
-    no_guidance: bool,
+    guidance: bool | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -63,8 +67,10 @@ def command(
 
     device = load_target(target)
     dense_onnx, sparse_onnx = (Bundle.open(path, stages=("onnx",)) for path in (dense, sparse))
-    defaults = sampling_defaults(dense_onnx.manifest.source)
-    sizes = Sizes(images, not no_guidance and defaults["guidance"] > 1, height, width)
+    defaults = sampling_defaults(dense_onnx)
+    if guidance is None:
+        guidance = defaults["guidance"] > 1
+    sizes = Sizes(images, guidance, height, width)
     with stage_status("computing what the device should give, and packing"):
         written = write_device_bundle(
             dense_onnx,

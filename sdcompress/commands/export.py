@@ -180,7 +180,7 @@ def _calibrate(
     from export.ranges import record_ranges
     from sdcompress.models.defaults import sampling_defaults
 
-    settings = sampling_defaults(source.manifest.source)
+    settings = sampling_defaults(source)
     asked = {"steps": steps, "guidance": guidance}
     settings |= {name: value for name, value in asked.items() if value is not None}
     with counted_progress("calibrating") as progress:

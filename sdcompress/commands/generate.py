@@ -73,7 +73,7 @@ def command(
     check_request(prompts, seeds, 1 if steps is None else steps)
     make, source = _maker(bundle, how, residency)
     asked = {"steps": steps, "guidance": guidance, "height": height, "width": width}
-    defaults = sampling_defaults(source.manifest.source)
+    defaults = sampling_defaults(source)
     settings: dict[str, Any] = {k: defaults[k] if v is None else v for k, v in asked.items()}
     with staging(output) as work, counted_progress("making pictures") as progress:
         pictures = make(source.path, prompts, seeds, progress=progress, **settings)

@@ -84,6 +84,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
     sparsity = (results and results.sparsity) or (account(plan) if plan else None)
     pairs, settings = read_pairs(run)
     checks = read_checks(run)
+    builds = read_builds(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -94,6 +95,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
     environment.filters.update(
         percent=percent, size=size, number=number, ratio=ratio, interval=interval, label=label
     )
+    environment.filters["in_sentence"] = _in_sentence
     environment.globals.update(verdict=verdict, amount=amount)
     source = bundle.manifest.source if bundle else None
     recipe = (bundle.manifest.recipe if bundle else None) or {}
@@ -111,7 +113,8 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         pairs=pairs,
         settings=settings,
         checks=checks,
-        builds=read_builds(run),
+        builds=builds,
+        limits_apart=builds["dense"].limits_apart(builds["sparse"])[0] if len(builds) == 2 else [],
         not_measured=not_measured(run),
         bundle=bundle,
         same=SAME,

@@ -64,7 +64,7 @@ def test_the_engine_is_the_graphs_and_a_choice_of_layers(built: Bundle, onnx: Bu
 
 
 def test_switched_off_nothing_runs_sparse(onnx: Bundle, tmp_path: Path) -> None:
-    engine = BACKEND.build(onnx, tmp_path / "dense", options={"sparse": False})
+    engine = BACKEND.build(onnx, tmp_path / "dense", options={"sparse": "off"})
     assert not any(engine.manifest.details["sparse_layers"].values())
     assert engine.manifest.details["sparse_kernels"]["used"] == 0
     assert "switched off" in engine.manifest.details["sparse_kernels"]["how"]

@@ -10,9 +10,11 @@ import pytest
 
 from export.bench import bench, ddim_steps
 from export.comparison import PEAK, TIMED
+from sdcompress.build_report import BUILD_REPORT
 from sdcompress.bundle import Bundle, seal, write_json
 from sdcompress.errors import InputError, SdcompressError, UsageError, VerificationError
 from sdcompress.results import Results
+from tests.sample_run import build_report
 
 QUICK = {"rounds": 2, "steps": 2, "budget": 0.01}
 
@@ -190,6 +192,7 @@ def test_an_engine_that_is_not_what_its_manifest_says_is_refused(
     ("fact", "value"),
     [
         ("options", {"threads": 1}),
+        ("opset", 19),
         ("target", "rtx-4090"),
         ("kept_fp32", {"unet": ["mid_block.resnets.0.conv1"]}),
     ],
@@ -203,6 +206,29 @@ def test_engines_of_different_settings_are_not_compared(
     seal(other, engine.manifest.model_copy(update={"details": details}))
     with pytest.raises(UsageError, match=f"differ in {fact}"):
         bench(engine, Bundle.open(other), **QUICK)
+
+
+def with_limits(engine: Bundle, to: Path, **limits: int | None) -> Bundle:
+    """A copy of an engine that says with what its UNet was built in the end."""
+    report = build_report({"unet": limits, "vae_decoder": {}})
+    shutil.copytree(engine.path, to)
+    write_json(to / BUILD_REPORT, report.model_dump(mode="json"))
+    seal(to, engine.manifest)
+    return Bundle.open(to)
+
+
+def test_engines_whose_builds_ran_out_of_memory_apart_are_not_compared(
+    engine: Bundle, tmp_path: Path
+) -> None:
+    dense = with_limits(engine, tmp_path / "dense", workspace_mb=512)
+    sparse = with_limits(engine, tmp_path / "sparse", workspace_mb=1, optimization_level=2)
+    expected = (
+        "unet: one build ran out of memory .*'workspace_mb': 512, .*build both with "
+        "--option workspace_mb=1 --option optimization_level=2$"
+    )
+    for twins in ((dense, sparse), (sparse, dense)):
+        with pytest.raises(UsageError, match=expected.replace("512, ", "(512|1), ")):
+            bench(*twins, **QUICK)
 
 
 def test_graphs_are_no_engines(onnx_dense: Bundle, engine: Bundle) -> None:

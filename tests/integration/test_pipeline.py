@@ -131,7 +131,9 @@ def test_an_engine_of_fixed_shapes_takes_only_those(engine: Bundle) -> None:
         "picture at once of 32×24 pixels without guidance; build it again with --height 32 "
         "--width 24 --no-guidance, or ask for what it was built for"
     )
-    with pytest.raises(UsageError, match="4 pictures at once .* --height 16 --width 24,"):
+    with pytest.raises(
+        UsageError, match="4 pictures at once .* --height 16 --width 24 --guidance,"
+    ):
         check_sizes({"sizes": {**FIXED, "images": 4}}, geometry, 7.5, 16, 24)
 
 

@@ -17,8 +17,10 @@ from typing import Any
 import onnxruntime
 import pytest
 
+from export.device import builder
 from export.ranges import Ranges
-from export.run import STAGES, run
+from export.run import STAGES, TWINS, Workspace, _engines, _Job, run
+from sdcompress.build_report import BuildReport
 from sdcompress.bundle import Bundle, locked
 from sdcompress.commands._common import open_model
 from sdcompress.errors import InputError, UsageError, VerificationError
@@ -127,6 +129,7 @@ def test_pictures_nobody_asks_for_any_more_go_away(
         ({"engine": {"options": {"thread": 2}}}, "thread"),
         ({"engine": {"options": {"provider": "cuda"}}}, "provider 'cuda' is not in"),
         ({"prune": {"unet": {"rules": [{"layers": "no", "sparsity": 0.1}]}}}, "matches none"),
+        ({"export": {"calibrate": 2}}, "paints as many prompts, found 1"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -241,3 +244,42 @@ def test_an_unknown_target_is_refused_before_anything(tiny_source: Bundle, tmp_p
 def test_results_hold_the_drift_of_the_pictures(finished: Path) -> None:
     decibels = Results.read(finished / "results.json").quality["psnr"]
     assert 5 < decibels < 60
+
+
+def test_where_memory_ran_out_for_one_twin_both_are_built_with_less(
+    tiny_source: Bundle,
+    onnx_dense: Bundle,
+    onnx_sparse: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    engine = {"backend": "tensorrt_rtx", "options": {"workspace_mb": 64, "check_flag": False}}
+    recipe = Recipe.model_validate({**SMALL, "target": "rtx-4090", "engine": engine})
+    job = _Job.check(recipe, tiny_source)
+    in_process = builder.run_in_process
+
+    def short_of_memory(request: builder.Request, *rest: Any) -> dict[str, Any]:
+        sparse = Path(request.onnx).is_relative_to(onnx_sparse.path)
+        if sparse and "unet" in request.onnx and (request.workspace_mb or 0) > 16:
+            raise builder.OutOfMemoryError("made up")
+        return in_process(request, *rest)
+
+    monkeypatch.setattr(builder, "run_in_process", short_of_memory)
+    onnx = {"dense": onnx_dense, "sparse": onnx_sparse}
+    stages: list[tuple[str, bool]] = []
+
+    def engines() -> dict[str, Bundle]:
+        stages.clear()
+        with Workspace.open(tmp_path / "out") as place:
+            return _engines(
+                place, recipe, job, onnx, lambda *stage: stages.append(stage), lambda what: None
+            )
+
+    made = engines()
+    assert [name for name, _ in stages] == ["engine/dense", "engine/sparse"] * 2
+    reports = [BuildReport.read(made[twin].path) for twin in TWINS]
+    assert [r and r.components["unet"].workspace_mb for r in reports] == [16, 16]
+    assert made["dense"].manifest.details["options"] == made["sparse"].manifest.details["options"]
+    assert engines()["dense"].digest == made["dense"].digest
+    assert stages == [("engine/dense", True), ("engine/sparse", True)]

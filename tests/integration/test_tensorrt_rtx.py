@@ -6,7 +6,6 @@ What these tests say of sparsity is what TensorRT-RTX does today: it ignores the
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from export.backends import load_backend
 from export.backends.tensorrt import local_gpu
 from export.device.builder import Request, run_in_process
 from export.device.errors import DeviceError
+from export.device.process import command_of
 from export.specs import Sizes
 from export.targets import load_target
 from sdcompress.build_report import BuildReport
@@ -26,7 +26,7 @@ from sdcompress.errors import InputError, UsageError
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'sdcompress[rtx]'")
 
-ARGV = (sys.executable, "-m", "export.device.builder")
+ARGV = command_of("builder")
 RTX = load_backend("tensorrt_rtx")
 TWINS = ("dense", "sparse")
 SHAPES = {"sample": (2, 4, 8, 8), "timestep": (), "encoder_hidden_states": (2, 32, 128)}

@@ -21,6 +21,11 @@ def test_facts_of_the_gpu() -> None:
     assert cuda.mem_get_info() == (1000, 1000)
 
 
+def test_a_gpu_on_no_bus_has_no_name_there() -> None:
+    cuda, _ = fake_cuda(failing={"cudaDeviceGetPCIBusId": 801})
+    assert cuda.pci_bus_id is None
+
+
 def test_bytes_go_to_the_gpu_and_come_back() -> None:
     cuda, library = fake_cuda()
     stream = cuda.stream()
@@ -77,10 +82,10 @@ def test_a_capture_that_fails_is_ended_and_its_reason_survives() -> None:
         (
             "cudaMalloc",
             2,
-            "CUDA: out of memory (cudaMalloc, code 2); close other programs, or use --sequential "
-            "or smaller pictures",
+            "out of memory (cudaMalloc, code 2); close other programs, or use --residency "
+            "sequential or smaller pictures",
         ),
-        ("cudaMalloc", 700, "CUDA: unrecognized error code (cudaMalloc, code 700)"),
+        ("cudaMalloc", 700, "unrecognized error code (cudaMalloc, code 700)"),
     ],
 )
 def test_errors_are_cudas_words_and_what_to_do(function: str, code: int, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +134,37 @@ def test_free_sizes_take_the_profile_that_fits(
             Engine(trt, **made, cuda=cuda).run({"x": X})
 
 
+def test_the_same_shapes_keep_buffers_and_graph(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = fake_tensorrt("10.3.0")
+    cuda, library = fake_cuda()
+    made = make_plan(trt, model, tmp_path, monkeypatch, profiles=({"x": ((1, 3), (2, 3), (4, 3))},))
+    with Engine(trt, **made, cuda=cuda, cuda_graph=True) as engine:
+        engine.run({"x": X}, {"x": X.shape})
+        before = set(library.allocated), set(library.alive)
+        engine.run({"x": X}, {"x": X.shape})
+        assert (set(library.allocated), set(library.alive)) == before
+        engine.run({"x": X[:1]}, {"x": (1, 3)})
+        assert library.alive != before[1]  # another graph
+        assert library.used == 2 * 3 * 2
+    assert library.alive == set()
+
+
+def test_memory_that_is_short_once_is_asked_for_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = fake_tensorrt("10.3.0")
+    cuda, library = fake_cuda(memory=20)
+    made = make_plan(trt, model, tmp_path, monkeypatch, profiles=({"x": ((1, 3), (2, 3), (4, 3))},))
+    with Engine(trt, **made, cuda=cuda) as engine:
+        with pytest.raises(DeviceError, match="out of memory"):
+            engine.run({"x": X}, {"x": X.shape})
+        library.memory = 24
+        found = engine.run({"x": X}, {"x": X.shape})
+        assert np.frombuffer(found["y"], np.float16).tolist() == [2, 4, 6, 8, 10, 120]
+
+
 def test_a_wrong_digest_is_found_before_anything_else(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +291,7 @@ def test_a_failed_run_says_what_tensorrt_said(
     assert heard == [("ERROR", "no\n  kernel image")]
 
 
-def test_the_runtime_cache_of_tensorrt_rtx_is_kept(
+def test_tensorrt_rtx_keeps_its_cache_and_records_its_own_graphs(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for what TensorRT-RTX alone has: the real module needs a GPU to run."""
@@ -277,24 +307,30 @@ def test_the_runtime_cache_of_tensorrt_rtx_is_kept(
             return True
 
     class Config:
+        cuda_graph_strategy: Any = None
+
         def create_runtime_cache(self) -> Cache:
             return Cache()
 
         def set_runtime_cache(self, cache: Cache) -> bool:
             return True
 
-    trt = fake_tensorrt("11.4.0")
+    trt, config = fake_tensorrt("11.4.0"), Config()
     made = make_plan(trt, model, tmp_path, monkeypatch)
     trt.made["IRuntimeConfig"].create_runtime_cache = Config.create_runtime_cache
-    monkeypatch.setattr(trt.made["ICudaEngine"], "create_runtime_config", lambda self: Config())
+    monkeypatch.setattr(trt.made["ICudaEngine"], "create_runtime_config", lambda self: config)
     real = trt.made["ICudaEngine"].create_execution_context
     monkeypatch.setattr(
         trt.made["ICudaEngine"], "create_execution_context", lambda self, config: real(self)
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trt.CudaGraphStrategy = type("CudaGraphStrategy", (), {"WHOLE_GRAPH_CAPTURE": "whole"})
     for times in (1, 2):
-        with Engine(trt, **made, cuda=fake_cuda()[0]) as engine:
+        cuda, library = fake_cuda()
+        with Engine(trt, **made, cuda=cuda, cuda_graph=times == 2) as engine:
             engine.run({"x": X})
+            assert len(library.alive) == 3  # a stream and two events, but no graph of ours
+            assert config.cuda_graph_strategy == (None if times == 1 else "whole")
         (file,) = (tmp_path / "cache" / "sdcompress").iterdir()
         assert file.read_bytes() == b"kernel;" * times
     assert file.name == f"tensorrt-{trt.__version__}-{made['sha256'][:16]}.cache"
@@ -306,26 +342,46 @@ def test_every_name_it_uses_is_needed(
 ) -> None:
     """A version without one of these names cannot be served, and no test may overlook that."""
     trt = fake_tensorrt(version)
-    made = make_plan(trt, model, tmp_path, monkeypatch)
+    profiles = ({"x": ((1, 3), (1, 3), (1, 3))}, {"x": ((2, 3), (2, 3), (4, 3))})
+    every = {"profiles": profiles, "weight_streaming": True, "version_compatible": True}
+    made = make_plan(trt, model, tmp_path, monkeypatch, **every)
+
+    def use_everything(trt: Any) -> dict[str, int]:
+        how: dict[str, Any] = {"weight_budget": 1 << 12, "allow_host_code": True}
+        with Engine(trt, **made, cuda=fake_cuda()[0], **how) as engine:
+            engine.run({"x": X}, {"x": X.shape})
+            return engine.memory
+
     trt.touched.clear()
-    with Engine(trt, **made, cuda=fake_cuda()[0]) as engine:
-        engine.run({"x": X})
+    held = made["plan"].stat().st_size - (1 << 16) + (1 << 12)
+    assert use_everything(trt) == {"weights": held, "context": 1 << 20}
     used = {name for name in trt.touched if "." in name and not name.endswith(".__init__")}
     assert used == NAMES
     for name in used - {"ILogger.log"}:  # which is ours, and called by the real library only
-        poorer = fake_tensorrt(version, without={name})
         with pytest.raises((AttributeError, DeviceError, KeyError)):
-            Engine(poorer, **made, cuda=fake_cuda()[0]).run({"x": X})
+            use_everything(fake_tensorrt(version, without={name}))
 
 
-NAMES = set(
-    json.loads(
-        """[
- "ICudaEngine.create_execution_context", "ICudaEngine.device_memory_size_v2",
- "ICudaEngine.get_tensor_dtype", "ICudaEngine.get_tensor_mode", "ICudaEngine.get_tensor_name",
- "ICudaEngine.get_tensor_shape", "ICudaEngine.num_io_tensors",
- "IExecutionContext.execute_async_v3", "IExecutionContext.get_tensor_shape",
- "IExecutionContext.set_tensor_address", "ILogger.log", "Runtime.deserialize_cuda_engine",
- "TensorIOMode.INPUT"]"""
-    )
-)
+NAMES = {
+    "ICudaEngine.create_execution_context",
+    "ICudaEngine.device_memory_size_v2",
+    "ICudaEngine.get_tensor_dtype",
+    "ICudaEngine.get_tensor_mode",
+    "ICudaEngine.get_tensor_name",
+    "ICudaEngine.get_tensor_profile_shape",
+    "ICudaEngine.get_tensor_shape",
+    "ICudaEngine.num_io_tensors",
+    "ICudaEngine.num_optimization_profiles",
+    "ICudaEngine.streamable_weights_size",
+    "ICudaEngine.weight_streaming_budget_v2",
+    "IExecutionContext.active_optimization_profile",
+    "IExecutionContext.execute_async_v3",
+    "IExecutionContext.get_tensor_shape",
+    "IExecutionContext.set_input_shape",
+    "IExecutionContext.set_optimization_profile_async",
+    "IExecutionContext.set_tensor_address",
+    "ILogger.log",
+    "Runtime.deserialize_cuda_engine",
+    "Runtime.engine_host_code_allowed",
+    "TensorIOMode.INPUT",
+}

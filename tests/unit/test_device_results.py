@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from export.device_bundle import is_device_results, read_results
+from export.device_results import TOLERANCE, is_device_results, read_results
 from sdcompress.errors import InputError
 from tests.sample_device import SUBJECT
 
@@ -138,6 +138,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unchecked": (lambda d: d["checks"].pop(), "sparse vae_decoder was not compared"),
     "other plan checked": (_put("checks.0.plan", "f" * 64), "dense text_encoder was not compared"),
     "failed check": (_put("checks.0.error", 0.5), "differs from the golden outputs by 5.0e-01"),
+    "a bound of its own": (
+        lambda d: d["checks"][0].update(error=0.5, tolerance=1.0),
+        "differs from the golden outputs by 5.0e-01",
+    ),
     "no engine": (lambda d: d["engines"]["dense"].pop("unet"), "the dense engines are not"),
     "no digest": (_put("engines.dense.unet.plan_sha256", "../.."), "match pattern"),
     "escape codes": (_put("environment.processor", "\x1b[31mred"), "match pattern"),
@@ -159,6 +163,12 @@ def test_hostile_files_give_one_line(name: str, tmp_path: Path) -> None:
     assert words in message
     assert message.isprintable()
     assert message.endswith("; copy it again")
+
+
+def test_the_bound_is_that_of_the_host() -> None:
+    from export.parity import PARITY_TOLERANCE
+
+    assert TOLERANCE == PARITY_TOLERANCE["fp16"] == 0.02
 
 
 def test_truncated_missing_and_foreign_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,12 +76,12 @@ def run(bundle: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("held", ["--resident", "--sequential"])
+@pytest.mark.parametrize("held", ["resident", "sequential"])
 def test_it_builds_checks_measures_and_the_host_reads_it(
     version: str, held: str, bundle: Path, device: Device, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device.trt = fake_tensorrt(version)
-    assert run(bundle, held, "--cuda-graph") == 0
+    assert run(bundle, "--residency", held, "--cuda-graph") == 0
     assert device.built == [  # what is the same in both twins, once
         "dense text_encoder",
         "dense unet",
@@ -105,7 +106,7 @@ def test_it_builds_checks_measures_and_the_host_reads_it(
     assert dense.device_memory.peak == 36
     assert dense.device_memory_sequential.peak == 12
     assert dense.peak_memory == {"resident": 1 << 20, "sequential": 1 << 20}
-    assert results.setup.residency == held.removeprefix("--")
+    assert results.setup.residency == held
     assert results.setup.rounds == 2
     assert results.setup.steps == 3
     assert [t.process for t in results.telemetry] == [0, 1, 2, 3, 4, 5]
@@ -177,6 +178,7 @@ def test_both_twins_are_built_alike_when_one_has_to_do_with_less(
     monkeypatch.setattr(module, "build_in_process", build_smaller)
     assert run(bundle) == 0
     assert device.built.count("dense unet") == 2
+    assert device.built.count("sparse unet") == 1  # it has what it needs already
     for twin in ("dense", "sparse"):
         options = read_results(Path("results.json")).engines[twin].options  # type: ignore[index]
         assert options["workspace_mb"] == {"text_encoder": 64, "unet": 32, "vae_decoder": 64}
@@ -264,6 +266,15 @@ def test_too_little_memory_and_disk(
     assert device.built == []
 
 
+def test_results_that_could_not_be_written_are_refused_before_the_work(
+    bundle: Path, device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output in (tmp_path / "none" / "results.json", tmp_path):
+        assert run(bundle, "-o", str(output)) == 1
+        assert f"{output}: cannot be written there; choose another" in capsys.readouterr().err
+    assert device.built == []
+
+
 def damage(bundle: Path, name: str) -> None:
     file = bundle / name
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
@@ -329,7 +340,8 @@ def test_usage() -> None:
         ["--compute-capability", "8.9"],
         ["--rounds", "1"],
         ["--workspace", "0"],
-        ["--resident", "--sequential"],
+        ["--residency", "both"],
+        ["--residency", "resident", "--trtexec", "trtexec"],
     ):
         with pytest.raises(SystemExit) as end:
             script.main(wrong)
@@ -344,6 +356,18 @@ def test_no_module_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(script.DeviceError, match="pip install tensorrt-rtx"):
         worker.load_tensorrt("tensorrt_rtx")
+
+
+def test_an_isolated_python_starts_isolated_ones() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from export.device.process import command_of; print(command_of('worker')[1])"
+    )
+    root = str(Path(__file__).parents[2])
+    for flags, first in (["-I"], "-I"), ([], "-c"):
+        command = [sys.executable, *flags, "-c", code, root]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == first
 
 
 def test_jobs_run_in_processes_whose_errors_come_back() -> None:

@@ -136,7 +136,7 @@ def test_the_whole_way(bundle: Path, fake: Fake, capsys: pytest.CaptureFixture[s
     check = next(a for a in fake.asked if "--exportOutput" in a)
     assert check["--loadInputs"] == "x:golden/inputs/text_encoder/x.bin"
     timed = [a for a in fake.asked if "--exportTimes" in a]
-    assert len(timed) == 3 * (2 + 2 * 3 + 2)  # components x (trials, rounds, the other residency)
+    assert len(timed) == 3 * (2 + 2 * 3)  # components x (trials, rounds of each contestant)
     assert all("--useCudaGraph" in a for a in timed)
 
     results = read_results(Path("results.json"))
@@ -151,6 +151,7 @@ def test_the_whole_way(bundle: Path, fake: Fake, capsys: pytest.CaptureFixture[s
     assert sparse.sparse_kernels.used == 6
     assert sparse.sparse_kernels.of == 21
     assert sparse.device_memory is None
+    assert results.setup.residency == "sequential"  # whatever the target suggests
     assert "added up" in results.setup.timer
     assert "the GPU could not be asked (no CUDA runtime)" in capsys.readouterr().err
 
@@ -196,6 +197,15 @@ def test_what_can_go_wrong(
     assert not Path("results.json").exists()
 
 
+def test_a_graph_that_was_not_used_is_no_graph(
+    bundle: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.make(says="[W] The specified --useCudaGraph flag has been ignored.")
+    assert run(bundle, fake, "--cuda-graph") == 1
+    assert "sparse text_encoder: trtexec cannot run it as a CUDA graph" in capsys.readouterr().err
+    assert not Path("results.json").exists()
+
+
 def test_no_program_and_another_one(
     bundle: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +226,7 @@ def test_a_changed_plan_is_not_given_to_it(bundle: Path, fake: Fake, tmp_path: P
     with pytest.raises(DeviceError, match="sha256 differs") as error:
         route.errors(engine)
     assert error.value.exit_code == 3
-    job = {"engines": [engine], "iterations": {"unet_step": 1}, "warm_up": 0, "cuda_graph": False}
+    job = {"engines": [engine], "iterations": {"unet_step": 1}, "warm_up": 0, "cuda_graph": False,
+           "residency": "sequential"}  # fmt: skip
     with pytest.raises(DeviceError, match="sha256 differs"):
         route.measure(job, Watch(lambda pid: NOTHING))

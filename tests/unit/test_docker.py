@@ -18,7 +18,7 @@ import yaml
 from export.device_bundle import SCRIPT
 from export.targets import names
 from sdcompress import registry
-from tests.release import DOCKER, RELEASE, ROOT, release, stub
+from tests.release import BROUGHT, BUNDLE, DOCKER, FIGURES, RELEASE, ROOT, release, stub
 
 IMAGES = {
     # name: base (tags that exist; digests would be ours to invent), extras
@@ -217,7 +217,7 @@ def test_without_sdcompress(tmp_path: Path) -> None:
 
 
 def test_a_device_measures_and_brings_the_release(tmp_path: Path) -> None:
-    path = stub(tmp_path, run="echo tar > device.tar")
+    path = stub(tmp_path, run=BUNDLE)
     out = tmp_path / "with space"
     arguments = ("recipe", "model", str(out), "jetson-orin-nano")
 
@@ -227,21 +227,21 @@ def test_a_device_measures_and_brings_the_release(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["run"]
 
     brought = tmp_path / "brought.json"
-    brought.write_text("of the device")
+    brought.write_text(BROUGHT)
     done = release("--results", str(brought), *arguments, path=path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.iterdir()) == ["release.tar", "release.tar.sha256", "run"]
     with tarfile.open(out / "release.tar") as tar:
-        assert sorted(tar.getnames()) == [
+        assert sorted(m.name for m in tar.getmembers() if m.isreg()) == [
             f"release/{name}"
             for name in (
-                "SHA256SUMS", "device.tar", "gate.json", "plan.json", "recipe.yaml",
-                "report.html", "results.json", "verify.json",
+                "SHA256SUMS", "device.tar", "engine/sparse/manifest.json", "gate.json",
+                "plan.json", "recipe.yaml", "report.html", "results.json", "verify.json",
             )
         ]  # fmt: skip
         member = tar.extractfile("release/results.json")
         assert member is not None
-        assert member.read() == b"of the device"
+        assert member.read() == BROUGHT.encode()
     asked = (tmp_path / "calls").read_text().splitlines()
     assert asked[0] == "plan recipe --model model --target jetson-orin-nano --json"
     assert asked[1] == f"run recipe --model model --target jetson-orin-nano -o {out}/run"
@@ -249,13 +249,12 @@ def test_a_device_measures_and_brings_the_release(tmp_path: Path) -> None:
 
 
 def test_pictures_made_here_are_judged_beside_what_the_device_measured(tmp_path: Path) -> None:
-    both = "echo tar > device.tar; echo {} > results.json"
-    path = stub(tmp_path, run=both)
+    path = stub(tmp_path, run=f"{BUNDLE}; {FIGURES}")
     out = tmp_path / "out"
     # What was measured here says nothing about the device.
     assert release("recipe", "model", str(out), "l4", path=path).returncode == 4
     brought = tmp_path / "brought.json"
-    brought.write_text("of the device")
+    brought.write_text(BROUGHT)
     done = release("--results", str(brought), "recipe", "model", str(out), "l4", path=path)
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "calls").read_text().splitlines()
@@ -263,8 +262,20 @@ def test_pictures_made_here_are_judged_beside_what_the_device_measured(tmp_path:
     assert asked[-1] == f"gate {brought} --recipe recipe {quality} --json"
 
 
+@pytest.mark.parametrize("run", [FIGURES, f"{BUNDLE}; {FIGURES}"])
+def test_figures_of_something_else_release_nothing(tmp_path: Path, run: str) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(BROUGHT[::-1])
+    done = release(
+        "--results", str(other), "a", "b", str(tmp_path / "out"), path=stub(tmp_path, run=run)
+    )
+    assert done.returncode == 3
+    assert f"{other}: measured something else than what is in {tmp_path}/out/run" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["run"]
+
+
 def test_the_same_files_give_the_same_tar(tmp_path: Path) -> None:
-    path = stub(tmp_path, run="echo {} > results.json")
+    path = stub(tmp_path, run=FIGURES)
     tars = []
     for name in ("one", "two"):
         assert release("recipe", "model", str(tmp_path / name), path=path).returncode == 0
@@ -283,9 +294,8 @@ def test_nowhere_to_run_the_engines(tmp_path: Path) -> None:
 )
 def test_a_stage_that_fails_leaves_no_tar(tmp_path: Path, stage: str, code: int) -> None:
     out = tmp_path / "out"
-    made = "echo {} > results.json"
-    assert release("recipe", "model", str(out), path=stub(tmp_path, run=made)).returncode == 0
+    assert release("recipe", "model", str(out), path=stub(tmp_path, run=FIGURES)).returncode == 0
     assert (out / "release.tar").is_file()
-    bad = stub(tmp_path, **{"run": made, stage: f"exit {code}"})
+    bad = stub(tmp_path, **{"run": FIGURES, stage: f"exit {code}"})
     assert release("recipe", "model", str(out), path=bad).returncode == code
     assert sorted(p.name for p in out.iterdir()) == ["run"]

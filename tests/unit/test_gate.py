@@ -117,14 +117,33 @@ def test_device_memory_goes_first(limit: float, passed: bool) -> None:
     assert only(gate(on_device, Gates(memory=limit))) == (passed, detail)
 
 
-def test_device_memory_of_one_engine_only_compares_nothing() -> None:
-    half = results(
-        dense={"device_memory": DeviceMemory(peak=4000)},
-        sparse={"device_memory": DeviceMemory(weights=1)},
-    )
-    passed, detail = only(gate(half, Gates(memory=0.99)))
-    assert passed
-    assert detail.startswith("peak memory 0.980 [0.970, 0.990]")
+@pytest.mark.parametrize(
+    ("dense", "sparse"),
+    [
+        (DeviceMemory(peak=4000), DeviceMemory(weights=1)),
+        (DeviceMemory(peak=4000), None),
+        (DeviceMemory(weights=1), DeviceMemory(weights=1)),
+    ],
+)
+def test_memory_of_the_host_says_nothing_about_a_device(
+    dense: DeviceMemory, sparse: DeviceMemory | None
+) -> None:
+    half = results(dense={"device_memory": dense}, sparse={"device_memory": sparse})
+    passed, detail = only(gate(half, Gates(memory=9.0)))
+    assert not passed
+    assert "the peak device memory is unknown" in detail
+
+
+@pytest.mark.parametrize(("rounds", "passed"), [(2, False), (5, False), (6, True)])
+def test_few_rounds_give_no_interval(rounds: int, passed: bool) -> None:
+    few = results()
+    picture = few.measures["picture"]
+    short = picture.sparse.model_copy(update={"rounds": picture.sparse.rounds[:rounds]})
+    few.measures["picture"] = picture.model_copy(update={"sparse": short})
+    found, detail = only(gate(few, Gates(latency=0.95)))
+    assert found is passed
+    assert (f"{rounds} rounds give no interval" in detail) is not passed
+    assert only(gate(few, Gates(latency=0.95), by_median=True))[0]
 
 
 def test_one_component_at_a_time_is_compared_with_its_like() -> None:

@@ -12,7 +12,7 @@ import pytest
 from sdcompress.errors import InputError
 from sdcompress.report import charts, picture_quality, write_report
 from sdcompress.report.page import Pair, amount, headline, percent, read_pairs, size, verdict
-from sdcompress.results import Check
+from sdcompress.results import Check, DeviceMemory
 from tests.sample_run import ROUNDS, comparison, make_run, sample_plan, sample_results
 
 FASTER = tuple(0.7 * x for x in ROUNDS)
@@ -277,6 +277,49 @@ def test_a_flag_without_effect_is_a_result(tmp_path: Path) -> None:
     page = write_report(run).read_text()
     assert "no, the same bytes without it" in page
     assert "the sparse plan is byte for byte the dense one" in page
+
+
+@pytest.mark.parametrize(("workspace", "same"), [(512, True), (256, False)])
+def test_builds_that_were_given_less_memory_are_told_apart(
+    tmp_path: Path, workspace: int, same: bool
+) -> None:
+    run = make_run(tmp_path, sample_results())
+    sparse = _build_report(3, True, "b")
+    sparse["components"]["unet"]["workspace_mb"] = workspace
+    _engines(run, _build_report(0, None, "a"), sparse)
+    page = write_report(run).read_text()
+    assert ("both engines with the same settings" in page) is same
+    assert ("went on with less (UNet)" in page) is not same
+
+
+def test_every_figure_of_device_memory_is_listed(tmp_path: Path) -> None:
+    results = sample_results()
+    held = DeviceMemory(weights=1_000_000, context=2_000_000, peak=3_000_000, process=4_000_000)
+    engine = results.engines["dense"].model_copy(update={"device_memory": held})
+    results = results.model_copy(update={"engines": {"dense": engine, "sparse": engine}})
+    page = write_report(make_run(tmp_path, results)).read_text()
+    expected = (
+        "weights 1.0 MB, context 2.0 MB, peak 3.0 MB, of the process, as the driver counts it, "
+        "4.0 MB"
+    )
+    assert page.count(expected) == 2
+
+
+@pytest.mark.parametrize(
+    ("provider", "said"),
+    [
+        ("CPUExecutionProvider", "none: this engine runs on the CPU"),
+        ("TensorRT 10.3.0 SM87", "unknown: nothing told"),
+    ],
+)
+def test_device_memory_nobody_measured_is_not_none(
+    tmp_path: Path, provider: str, said: str
+) -> None:
+    results = sample_results()
+    engine = results.engines["dense"].model_copy(update={"providers": {"unet": provider}})
+    results = results.model_copy(update={"engines": {"dense": engine, "sparse": engine}})
+    page = write_report(make_run(tmp_path, results)).read_text()
+    assert f"<dt>Device memory</dt><dd>{said}</dd>" in page
 
 
 def test_a_broken_build_report_is_named(tmp_path: Path) -> None:

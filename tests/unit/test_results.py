@@ -19,6 +19,27 @@ def test_round_trip(tmp_path: Path) -> None:
     assert Results.read(tmp_path / "results.json") == results
 
 
+def test_what_version_0_1_0_wrote_is_read(tmp_path: Path) -> None:
+    old = json.loads(sample_results().model_dump_json())
+    newer = {
+        "": ("telemetry", "quality"),
+        "setup": ("residency", "timer"),
+        "engines": ("peak_memory", "device_memory_sequential", "plans"),
+    }
+    memory = {"weights": 1, "context": 2, "peak": 3}
+    for engine in old["engines"].values():
+        engine["device_memory"] = memory
+    for where, names in newer.items():
+        holders = old["engines"].values() if where == "engines" else [old[where] if where else old]
+        for holder in holders:
+            for name in names:
+                del holder[name]
+    (tmp_path / "results.json").write_text(json.dumps(old))
+    read = Results.read(tmp_path / "results.json")
+    assert (read.setup.residency, read.setup.timer, read.quality) == ("resident", "wall clock", {})
+    assert read.plans_identical is None
+
+
 def test_the_schema_accepts_it(tmp_path: Path) -> None:
     results = sample_results()
     jsonschema.validate(json.loads(results.model_dump_json()), Results.model_json_schema())

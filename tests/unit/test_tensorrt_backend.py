@@ -65,7 +65,9 @@ def orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     def put(version: str = "10.3.0", gpu: Gpu | str = ORIN, **behaviour: Any) -> None:
         name = behaviour.get("name", "tensorrt")
         install(folder, version, **behaviour)
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        # Set first, so that what is imported meanwhile goes away with the test.
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr(backend, "local_gpu", lambda: gpu)
         if isinstance(gpu, Gpu):
             cuda, _ = fake_cuda(compute_capability=gpu.compute_capability)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 import sys
-import zipapp
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +23,11 @@ from export.device.builder import (
     run_in_process,
 )
 from export.device.errors import DeviceError
+from export.device.process import command_of
 from tests.fake_tensorrt import CACHE_MAGIC, MAGIC, fake_tensorrt, install
 from tests.tiny_onnx import write_graph
 
-ARGV = (sys.executable, "-m", "export.device.builder")
+ARGV = command_of("builder")
 SHAPES = {"sample": (2, 4, 8, 8), "timestep": (), "encoder_hidden_states": (2, 8, 4)}
 Install = Callable[..., None]
 
@@ -345,16 +344,10 @@ def test_what_the_process_prints_is_in_the_log(request_: Request, installed: Ins
     assert "from stderr" in text
 
 
-def test_it_works_inside_a_zipped_script(
-    request_: Request, installed: Install, tmp_path: Path
+def test_nothing_in_the_current_directory_is_imported(
+    request_: Request, installed: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = tmp_path / "script"
-    shutil.copytree(Path(builder.__file__).parent, sources / "device")
-    (sources / "__main__.py").write_text(
-        "import sys\nfrom device.builder import main\n"
-        "raise SystemExit(main(sys.argv[2:]) if sys.argv[1] == '--build' else 2)\n"
-    )
-    zipapp.create_archive(sources, tmp_path / "script.pyz")
     installed()
-    made = build_in_process(request_, (sys.executable, str(tmp_path / "script.pyz"), "--build"))
-    assert made["plan_bytes"] == Path(request_.plan).stat().st_size
+    (tmp_path / "json.py").write_text("raise SystemExit('somebody else')")
+    monkeypatch.chdir(tmp_path)
+    assert run_in_process(request_, ARGV)["plan_bytes"] > 0

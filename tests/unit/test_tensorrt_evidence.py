@@ -182,6 +182,9 @@ def test_nameless_tactics_leave_the_word_to_the_log() -> None:
 def test_stubs_of_tensorrt_rtx_prove_nothing() -> None:
     evidence = weigh(facts(FROM_TENSORRT_RTX), None, None)
     assert (evidence.layers_sparse, evidence.tactics, evidence.fused_attention) == (None, 3, 1)
+    # Nor where the engine's inspector, on a card, shows nothing but names.
+    assert weigh(LogFacts(), ["__myelin_CASK_STUB", "_gemm_mha_v2"], 1).layers_sparse is None
+    assert weigh(LogFacts(), ["sm86_gemm", "_gemm_mha_v2"], 1).layers_sparse == 0
 
 
 def test_tactics_over_the_limit_are_a_warning() -> None:

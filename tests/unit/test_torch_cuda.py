@@ -116,8 +116,7 @@ def test_without_cuda_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert why
     assert "is built without CUDA" in why
     assert "pytorch.org/get-started" in why
-    with pytest.raises(UsageError, match="is built without CUDA"):
-        BACKEND.check({})
+    BACKEND.check({})  # an engine can be made for another machine
     assert BACKEND.why_not_run({"sparse_layers": {}}) == why
 
 
