@@ -57,11 +57,18 @@ recipe=$1 model=$2 out=$3 target=${4-}
 [[ -z $measured || -f $measured ]] || fail 2 "$measured: no such file; bring it from the device"
 command -v sdcompress >/dev/null || fail 1 "sdcompress is not on the PATH; activate its environment"
 
+existed=1
+[[ -d $out ]] || existed=
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 readonly run=$out/run tar=$out/release.tar
 scratch=$(mktemp -d "$out/.release.XXXXXX")
-trap 'rm -rf "$scratch"' EXIT
+leave() {
+    rm -rf "$scratch"
+    # Refused before anything was made: as if it had not been started.
+    [[ -n $existed ]] || rmdir --ignore-fail-on-non-empty "$out"
+}
+trap leave EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 rm -f "$tar" "$tar.sha256" # of an earlier release, which these results may no longer pass
@@ -88,14 +95,7 @@ if [[ -z $measured && -f $run/device.tar ]]; then
 fi
 [[ -f $results ]] || fail 1 "the engines cannot run on this machine; name the device they are for as TARGET"
 
-# The results name by its digest what was measured: this device.tar, or these engines.
-made=$(
-    [[ ! -f $run/device.tar ]] || tar -xOf "$run/device.tar" manifest.json | sha256sum
-    sha256sum <"$run/engine/sparse/manifest.json"
-)
-grep -qF "${made//  -/}" "$results" || fail 3 "$results: measured something else than what is in $run; measure that"
-
-limits=(--recipe "$recipe")
+limits=(--recipe "$recipe" --run "$run")
 # A device makes no pictures; where this machine could, theirs are judged.
 [[ -z $measured || ! -f $run/results.json ]] || limits+=(--quality-from "$run/results.json")
 say "holding $results against the limits of $recipe"
@@ -103,11 +103,12 @@ sdcompress gate "$results" "${limits[@]}" >&2
 sdcompress gate "$results" "${limits[@]}" --json >"$scratch/gate.json"
 
 say "packing"
+sdcompress report "$run" --results "$results" -o "$scratch/report.html" >/dev/null
 cp "$results" "$scratch/results.json"
 cp "$run/recipe.yaml" "$scratch"
-papers=(gate.json plan.json recipe.yaml results.json verify.json)
+papers=(gate.json plan.json recipe.yaml report.html results.json verify.json)
 parts=()
-for part in device.tar engine/sparse report.html; do
+for part in device.tar engine/sparse; do
     [[ ! -e $run/$part ]] || parts+=("$part")
 done
 (

@@ -39,6 +39,7 @@ PACKAGE = "sdcompress_device"  # what export.device is called inside the script
 KIND, VERSION = "sdcompress device bundle", 1  # as export.device.contents expects them
 TWINS = ("dense", "sparse")
 GUIDANCE = 7.5
+SAME = ("dtype", "opset", "upcast_attention", "kept_fp32")  # of the details of both twins
 Progress = Callable[[str], None]
 
 README = f"""\
@@ -53,8 +54,10 @@ are kept, so an interrupted run goes on where it was. Take results.json back to 
 
   sdcompress gate results.json …        sdcompress report DIRECTORY
 
-It needs Python 3.10 and TensorRT {{tensorrt}} or newer{{jetpack}}, nothing else; by our estimate
-about {{memory}} MiB of free memory and {{disk}} MiB of disk. Where only trtexec is there:
+It needs Python 3.10 or newer and
+  {{needs}}
+and by our estimate about {{memory}} MiB of free memory and {{disk}} MiB of disk. Of several modules
+the first that is installed is used; --module takes another. Where only trtexec is there:
 
   python3 {SCRIPT} --trtexec /usr/src/tensorrt/bin/trtexec
 
@@ -131,12 +134,10 @@ def write_device_bundle(
             content.take(name, dense, name)
     content.add(SCRIPT, make_script())
     memory, disk = estimate(components, target.model_dump())
-    jetpack = f" (JetPack {target.jetpack} brings it)" if target.jetpack else ""
     readme = README.format(
         title=target.title,
         model=subject["model"],
-        tensorrt=target.tensorrt_min,
-        jetpack=jetpack,
+        needs=_needs(target),
         memory=memory >> 20,
         disk=disk >> 20,
     )
@@ -159,6 +160,16 @@ def write_device_bundle(
     progress("writing the tar")
     sha256 = _write_tar(out, content)
     return Written(out, sha256, out.stat().st_size, len(content.parts))
+
+
+def _needs(target: Target) -> str:
+    """What must be installed there, the first that the script looks for first."""
+    jetpack = f" (JetPack {target.jetpack} brings it)" if target.jetpack else ""
+    modules = {
+        "tensorrt": f"TensorRT {target.tensorrt_min} or newer{jetpack}",
+        "tensorrt_rtx": "TensorRT-RTX",
+    }
+    return "\n  or ".join(f"{modules[name]} (module {name})" for name in target.backends)
 
 
 def make_script() -> bytes:
@@ -331,21 +342,39 @@ def _check_twins(dense: Bundle, sparse: Bundle, target: Target) -> None:
                 f"{bundle.path}: has opset {opset}, {target.title} reads up to "
                 f"{target.opset_max}; export the model again"
             )
-    facts: dict[str, Callable[[Bundle], object]] = {
-        "model": lambda b: (b.manifest.source.id, b.manifest.source.revision),
-        "dtype": lambda b: b.manifest.details.get("dtype"),
-    }
-    for fact, of in facts.items():
-        if of(dense) != of(sparse):
+    if dense.digest == sparse.digest:
+        raise UsageError(
+            f"{dense.path} and {sparse.path} are the same bundle, so there is nothing to compare; "
+            "give the pruned one as SPARSE"
+        )
+    others = _facts(sparse)
+    for fact, a in _facts(dense).items():
+        if a != (b := others[fact]):
             raise UsageError(
-                f"the bundles differ in {fact} ({of(dense)} and {of(sparse)}), so nothing could be "
-                "put down to sparsity; export both from the same model with the same settings"
+                f"the bundles differ in {fact} ({a!s:.60} and {b!s:.60}), so nothing could "
+                "be put down to sparsity; export both from the same model with the same settings"
             )
     if _zeros(dense) > _zeros(sparse):
         raise UsageError(
             f"{dense.path} is given as the dense twin and has more zeros planned than "
             f"{sparse.path}; swap the two"
         )
+    if not _zeros(sparse):
+        raise UsageError(
+            f"{sparse.path} is given as the sparse twin and has no zeros planned; prune the model, "
+            "and export what `sdcompress prune` wrote"
+        )
+
+
+def _facts(bundle: Bundle) -> dict[str, object]:
+    """What both twins must have in common; weights lie outside the graphs, so these are alike."""
+    manifest, files = bundle.manifest, bundle.manifest.files
+    graphs = {c: files.get(f"{c}/model.onnx") for c in COMPONENTS}
+    return {
+        "model": (manifest.source.id, manifest.source.revision),
+        **{name: manifest.details.get(name) for name in SAME},
+        **{f"the graph of {c}": file and f"{file.sha256:.12}" for c, file in graphs.items()},
+    }
 
 
 def _zeros(bundle: Bundle) -> int:

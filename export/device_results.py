@@ -16,6 +16,7 @@ from export.specs import COMPONENTS
 from sdcompress.bundle import to_json
 from sdcompress.errors import InputError
 from sdcompress.plan import Accounting
+from sdcompress.recipe import describe_first
 from sdcompress.results import (
     DeviceMemory,
     Engine,
@@ -185,12 +186,13 @@ def read_results(path: Path) -> Results:
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); copy it from the device") from e
     except ValidationError as e:
-        first = e.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise _refusal(path, f"{_printable(where)}: {_printable(first['msg'])}") from e
+        raise _refusal(path, _printable(describe_first(e, "the document"))) from e
     for why in _contradictions(found):
         raise _refusal(path, why)
-    return _results(found)
+    try:
+        return _results(found)
+    except ValidationError as e:  # each figure is possible, and what they give is not
+        raise _refusal(path, _printable(describe_first(e, "the document"))) from e
 
 
 def _refusal(path: Path, why: str) -> InputError:

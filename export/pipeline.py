@@ -153,7 +153,7 @@ def tokenize(engine: Path, prompts: Sequence[str]) -> NDArray[np.int64]:
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     length = tokenizer.model_max_length
     for prompt in prompts:
-        if len(tokenizer(prompt)["input_ids"]) > length:
+        if len(tokenizer(prompt, verbose=False)["input_ids"]) > length:
             warnings.warn(
                 f"the model reads {length} tokens; the end of {prompt[:40]!r}… is cut off",
                 stacklevel=3,

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from export.backends import Backend, load_backend
+from export.device_results import is_device_results, read_results
 from export.pipeline import Geometry
 from export.specs import Sizes
 from export.targets import Target, load_target
+from export.targets.fit import check_backend, warnings
 from sdcompress.build_report import BuildReport
 from sdcompress.bundle import (
     Bundle,
@@ -199,6 +201,7 @@ def run(
     fresh: bool = False,
     announce: Announce = lambda stage, done: None,
     tell: Tell = lambda what: None,
+    warn: Tell = lambda what: None,
 ) -> Path:
     """Run every stage into `out` and return the page.
 
@@ -209,6 +212,8 @@ def run(
     if source.path.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"{source.path}: lies inside the output {out}; choose another --output")
     job = _Job.check(recipe, source)
+    for warning in job.warnings:
+        warn(warning)
     with Workspace.open(out, fresh=fresh) as place:
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         write_text(out / "recipe.yaml", text)
@@ -218,14 +223,16 @@ def run(
         if why := job.backend.why_not_run(engines["dense"].manifest.details):
             log["not_measured"] = why
             for stage in (*(f"images/{twin}" for twin in TWINS), "bench"):
-                place.drop(stage)
+                if stage in place.state:  # else it is the device's results that were put there
+                    place.drop(stage)
         else:
             _pictures(place, recipe, engines, job.sampling, announce)
         _device(place, recipe, job, onnx, needed=why is not None, announce=announce)
         if not why:
             _bench(place, recipe, engines, job.sampling, command, announce)
         write_json(out / "log.json", log)
-        page = write_report(out)
+        file = place.output("bench")
+        page = write_report(out, read_results(file) if is_device_results(file) else None)
         announce("report", False)
     return page
 
@@ -237,6 +244,7 @@ class _Job:
     backend: Backend
     target: Target | None
     sampling: dict[str, Any]
+    warnings: tuple[str, ...] = ()  # what will not be on the target as the recipe hopes
 
     @classmethod
     def check(cls, recipe: Recipe, source: Bundle) -> _Job:
@@ -248,12 +256,16 @@ class _Job:
                 "prompts to 'pictures', or ask for fewer"
             )
         target = load_target(recipe.target) if recipe.target else None
+        if target:
+            check_backend(target, recipe.engine.backend)
         job = cls(load_backend(recipe.engine.backend), target, sampling(recipe, source))
         job.backend.check(recipe.engine.options, job.built_for)
-        asked = job.sampling
-        Geometry.read(source.path, "vae").latent_shape(asked["height"], asked["width"])
-        make_plan(recipe, read_catalog(source.path))
-        return job
+        asked, geometry = job.sampling, Geometry.read(source.path, "vae")
+        geometry.latent_shape(asked["height"], asked["width"])
+        plan = make_plan(recipe, read_catalog(source.path))
+        if target is None:
+            return job
+        return replace(job, warnings=warnings(target, recipe, plan, geometry.default_size))
 
     @property
     def built_for(self) -> Target | None:

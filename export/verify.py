@@ -230,6 +230,8 @@ def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]
         if bundle.manifest.parent == parent.digest
         else f"made from {bundle.manifest.parent}, not from {parent.digest}",
     )
+    if not graphs and bundle.manifest.stage == "engine":
+        return [lineage, _carried(bundle, parent)]
     parents = {weight.key: weight for weight in _weights(parent, open_graphs(parent))}
     wrong = []
     for weight in _weights(bundle, graphs):
@@ -242,6 +244,19 @@ def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]
         "tuned": "every zero of the parent is still zero",
     }.get(bundle.manifest.stage, "every weight has the parent's bits after the cast")
     return [lineage, _result("against", wrong, good)]
+
+
+def _carried(bundle: Bundle, parent: Bundle) -> Check:
+    """What an engine with plans took over from its parent as it was, and the parent's own files."""
+    wrong = []
+    if not (intact := _files(parent)).passed:
+        wrong.append(f"the parent's {intact.detail}")
+    theirs, ours = parent.manifest.files, bundle.manifest.files
+    shared = sorted(set(theirs) & set(ours))
+    wrong += [name for name in shared if theirs[name].sha256 != ours[name].sha256]
+    unread = "weights inside a plan cannot be read back and were not compared"
+    good = f"{len(shared)} files have the digest they have in the parent; {unread}"
+    return _result("against", wrong, good)
 
 
 def _descends(bundle: Bundle, value: Tensor, before: Tensor) -> bool:

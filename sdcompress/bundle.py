@@ -172,8 +172,8 @@ def staging(target: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: `target` exists and `replace` is not given, or cannot be created.
     """
     target = target.resolve()  # where a link points, so that the link stays one
-    if target.exists() and not replace:
-        raise _taken(target)
+    if not replace:
+        refuse_existing(target)
     prefix = f".{target.name}.partial-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -314,6 +314,12 @@ def _relative_files(directory: Path) -> Iterator[str]:
         hidden = any(part.startswith(".") for part in relative.parts)
         if not hidden and relative.as_posix() not in (MANIFEST, LOG) and path.is_file():
             yield relative.as_posix()
+
+
+def refuse_existing(target: Path) -> None:
+    """InputError where something is in the place of an output; asked before slow work."""
+    if target.exists():
+        raise _taken(target)
 
 
 def _taken(target: Path) -> InputError:

@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompress.errors import SdcompressError
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SAMPLE_EVERY_S = 0.01
+ROUNDING = 1e-9  # relative; of figures that were written and read again
 
 Verdict = Literal["no difference", "lower", "higher"]
 
@@ -43,11 +44,29 @@ class Comparison(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ratio: float
-    low: float
-    high: float
-    confidence: float
+    ratio: float = Field(gt=0, allow_inf_nan=False)
+    low: float = Field(gt=0, allow_inf_nan=False)
+    high: float = Field(gt=0, allow_inf_nan=False)
+    confidence: float = Field(gt=0, lt=1)
     verdict: Verdict
+
+    @model_validator(mode="after")
+    def _possible(self) -> Comparison:
+        if not self.low * (1 - ROUNDING) <= self.ratio <= self.high * (1 + ROUNDING):
+            raise ValueError(
+                f"the ratio {self.ratio:g} lies outside its interval {self.low:g} to {self.high:g}"
+            )
+        if self.verdict != "no difference" and self.low <= 1 <= self.high:
+            raise ValueError(
+                f"the verdict is {self.verdict!r}, and 1 lies inside the interval {self.low:g} to "
+                f"{self.high:g}"
+            )
+        return self
+
+    @property
+    def within_control(self) -> bool:
+        """Whether only the control makes it no difference: its interval does not contain 1."""
+        return self.verdict == "no difference" and not self.low <= 1 <= self.high
 
 
 def percentile(samples: Sequence[float], q: float) -> float:
@@ -85,10 +104,12 @@ def compare(
         raise ValueError("ratios need figures greater than zero")
     a, b = np.asarray(reference, float), np.asarray(measured, float)
     draws = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
-    ratios = np.median(b[draws], axis=1) / np.median(a[draws], axis=1)
     tail = (1 - confidence) / 2
-    low, high = (float(x) for x in np.quantile(ratios, [tail, 1 - tail]))
-    ratio = float(np.median(b) / np.median(a))
+    with np.errstate(all="ignore"):  # no Comparison is made of what overflows
+        ratios = np.median(b[draws], axis=1) / np.median(a[draws], axis=1)
+        low, high = (float(x) for x in np.quantile(ratios, [tail, 1 - tail]))
+        ratio = float(np.median(b) / np.median(a))
+    low, high = min(low, ratio), max(high, ratio)  # resampling may miss what was really seen
     verdict: Verdict = "no difference"
     if not low <= 1 <= high and not (control and control.low <= ratio <= control.high):
         verdict = "lower" if ratio < 1 else "higher"

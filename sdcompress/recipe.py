@@ -87,6 +87,12 @@ class Export(_Part):
     upcast_attention: Literal["auto", "on", "off"] = "auto"
     calibrate: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _needed(self) -> Export:
+        if self.calibrate and self.dtype == "fp32":
+            raise ValueError("fp32 has range enough; leave out 'calibrate', or use dtype fp16")
+        return self
+
 
 class Engine(_Part):
     """Which backend builds the engines; `options` are the backend's own."""
@@ -241,17 +247,77 @@ def model_of(recipe: Recipe, override: str | None) -> str:
     )
 
 
+# What a value should have been, by pydantic's name for what is wrong with it.
+_EXPECTED = {
+    "literal_error": "{expected}",
+    "string_type": "text",
+    "string_too_short": "some text",
+    "string_too_long": "{max_length} characters or fewer",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt:.10g}",
+    "greater_than_equal": "{ge:.10g} or more",
+    "less_than": "less than {lt:.10g}",
+    "less_than_equal": "{le:.10g} or less",
+    "multiple_of": "a multiple of {multiple_of}",
+    "too_short": "{min_length} or more entries",
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type"), "a mapping"),
+}
+_FORMS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "a name of letters, digits, '.', '_' and '-'",
+    r"^\d+\.\d$": "a number such as 8.7",
+    r"^\d+(\.\d+)*$": "a version such as 10.3",
+}
+_ALTERNATIVES = ("str", "int", "float", "bool", "list[str]")  # of an option in a recipe
+
+
 def describe_first(error: ValidationError, document: str = "recipe") -> str:
-    """The first problem of a pydantic error in one line."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or document
-    if first["type"] == "extra_forbidden":
+    """The first problem of a pydantic error in one line, in words of our own.
+
+    An unknown key comes before all else: misspelled, it is also why another one is missing.
+    """
+    errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    kind, found, context = first["type"], first["input"], first.get("ctx", {})
+    path = [str(part) for part in first["loc"]]
+    if kind == "string_pattern_mismatch":
+        expected = _FORMS.get(context["pattern"], f"text of the form {context['pattern']}")
+    elif len(errors) > 1 and len(path) > 1 and path[-1] == _ALTERNATIVES[0]:
+        del path[-1]
+        expected = "text, a number, true, false or a list of texts"
+    else:
+        expected = _EXPECTED.get(kind, "").format_map(context)
+    where = ".".join(path) or document
+    if kind == "extra_forbidden":
         return f"{where}: unknown key; correct its spelling or remove it"
-    message = first["msg"].removeprefix("Value error, ")
-    found = first.get("input")
-    if isinstance(found, (str, int, float)) and not first["type"].startswith("value_error"):
-        message += f", found {found!r}"
-    return f"{where}: {message}"
+    if kind == "missing":
+        return f"{where}: is missing; add it"
+    if kind in ("value_error", "assertion_error"):
+        return f"{where}: {context['error']}"
+    if not expected:
+        return f"{where}: {first['msg']}"
+    quotes = "; put it in quotes" if kind == "string_type" and _is_number(found) else ""
+    return f"{where}: expected {expected}, found {_in_words(found)}{quotes}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _in_words(value: object) -> str:
+    """A value of a YAML file as the person who wrote it would call it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple, dict)):
+        kind = "mapping" if isinstance(value, dict) else "list"
+        return f"a {kind}" if value else f"an empty {kind}"
+    return f"{value!r:.60}"
 
 
 def _one_of(value: str, folder: str) -> str:

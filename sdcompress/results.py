@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    computed_field,
+    model_validator,
+)
 
 from sdcompress.errors import InputError
 from sdcompress.measure import Comparison
 from sdcompress.plan import Accounting
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Known = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=0)]
 
 
 class _Record(BaseModel):
@@ -27,11 +39,13 @@ class Series(_Record):
     `median` is the median over processes, and is what ratios are made of.
     """
 
-    p50: float
-    p95: float
-    p99: float
-    iterations: int = Field(description="iterations of all processes together")
-    rounds: tuple[float, ...] = Field(description="the median of each process, in round order")
+    p50: _Positive
+    p95: _Positive
+    p99: _Positive
+    iterations: int = Field(ge=1, description="iterations of all processes together")
+    rounds: tuple[_Positive, ...] = Field(
+        min_length=1, description="the median of each process, in round order"
+    )
 
     @property
     def median(self) -> float:
@@ -52,18 +66,18 @@ class Measure(_Record):
 class SparseKernels(_Record):
     """How many operations run on kernels that skip zeros, of how many, and how that is known."""
 
-    used: int | None = Field(description="None where the backend does not tell")
-    of: int
+    used: _Count | None = Field(description="None where the backend does not tell")
+    of: _Count
     how: str
 
 
 class DeviceMemory(_Record):
     """Memory on an accelerator, bytes: the peak is above the level before the engine was loaded."""
 
-    weights: int | None = None
-    context: int | None = None
-    peak: int | None = None
-    process: int | None = Field(default=None, description="as the driver counts it (NVML)")
+    weights: _Count | None = None
+    context: _Count | None = None
+    peak: _Count | None = None
+    process: _Count | None = Field(default=None, description="as the driver counts it (NVML)")
 
 
 class Telemetry(_Record):
@@ -74,10 +88,10 @@ class Telemetry(_Record):
 
     process: int
     contestant: str
-    sm_clock_mhz: float | None = None
-    memory_clock_mhz: float | None = None
-    temperature_c: float | None = None
-    power_w: float | None = None
+    sm_clock_mhz: _Known | None = None
+    memory_clock_mhz: _Known | None = None
+    temperature_c: _Finite | None = None
+    power_w: _Known | None = None
 
 
 class Engine(_Record):
@@ -93,9 +107,9 @@ class Engine(_Record):
     providers: dict[str, str]
     options: dict[str, object]
     dtype: str
-    bytes: int
+    bytes: _Count
     sparse_kernels: SparseKernels
-    peak_memory: dict[Literal["resident", "sequential"], int] = {}
+    peak_memory: dict[Literal["resident", "sequential"], _Count] = {}
     device_memory: DeviceMemory | None = None
     device_memory_sequential: DeviceMemory | None = None
     plans: dict[str, str] = {}
@@ -104,13 +118,13 @@ class Engine(_Record):
 class Setup(_Record):
     """How it was measured; `iterations` of each stage in a process, after `warm_up` of each."""
 
-    rounds: int
-    iterations: dict[str, int]
-    warm_up: int
-    steps: int
-    guidance: float
-    height: int
-    width: int
+    rounds: int = Field(ge=1)
+    iterations: dict[str, _Count]
+    warm_up: _Count
+    steps: _Count
+    guidance: _Finite
+    height: _Count
+    width: _Count
     seed: int
     prompt: str
     memory: str
@@ -124,7 +138,7 @@ class Control(_Record):
 
     trustworthy: bool
     differs: tuple[str, ...]
-    confidence: float
+    confidence: float = Field(gt=0, lt=1)
 
 
 class Environment(_Record):
@@ -132,10 +146,10 @@ class Environment(_Record):
 
     machine: str
     processor: str
-    cores: int
-    memory_bytes: int
+    cores: _Count
+    memory_bytes: _Count
     governor: str | None
-    load_before: float | None
+    load_before: _Known | None
     system: str
     python: str
     versions: dict[str, str]
@@ -178,10 +192,16 @@ class Results(_Record):
     environment: Environment
     sparsity: Accounting | None = None
     telemetry: tuple[Telemetry, ...] = ()
-    quality: dict[str, float] = Field(
+    quality: dict[str, _Finite] = Field(
         default={},
         description="sparse against dense pictures: psnr, median in dB, 100 where identical",
     )
+
+    @model_validator(mode="after")
+    def _both_engines(self) -> Results:
+        if missing := {"dense", "sparse"} - set(self.engines):
+            raise ValueError(f"engines: {' and '.join(sorted(missing))} missing")
+        return self
 
     @property
     def plans_identical(self) -> bool | None:
@@ -193,7 +213,7 @@ class Results(_Record):
     def read(cls, path: Path) -> Results:
         """Raises InputError where the file is missing or is not a results.json of this version."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(path.read_bytes(), strict=True)
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be read ({error.strerror}); `sdcompress bench` makes it"
@@ -201,7 +221,8 @@ class Results(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the document"
+            why = first["msg"].removeprefix("Value error, ")
             raise InputError(
-                f"{path}: not a results.json of schema version 1 ({where}: {first['msg']}); "
+                f"{path}: not a results.json of schema version 1 ({where}: {why}); "
                 "make it again with `sdcompress bench`"
             ) from error

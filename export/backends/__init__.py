@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from sdcompress import registry
 from sdcompress.errors import UsageError
+from sdcompress.recipe import describe_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 
+Model = TypeVar("Model", bound=BaseModel)
 # Hears of a component, the phase its build is in, steps done and steps in all.
 BuildProgress = Callable[[str, str, int, int], None]
 
@@ -145,6 +149,25 @@ def load_backend(name: str) -> Backend:
         raise UsageError(f"no backend is called {name!r}; there are: {', '.join(names())}")
     backend: Backend = registry.load("backends", name, "export").BACKEND
     return backend
+
+
+def read_options(backend: str, model: type[Model], options: Mapping[str, Any] | None) -> Model:
+    """The options of a backend as its `model` holds them.
+
+    Raises:
+        UsageError: there is none of that name, or its value is not allowed.
+    """
+    given = options or {}
+    for name in given:
+        if name not in model.model_fields:
+            raise UsageError(
+                f"{backend} option {name!r}: unknown; there are: {', '.join(model.model_fields)}"
+            )
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        name, _, why = describe_first(error).partition(": ")
+        raise UsageError(f"{backend} option {name!r}: {why}") from error
 
 
 def open_component(engine: Path, component: str) -> Runner:

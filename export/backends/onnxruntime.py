@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from export.backends import Runner, Tensor
+from export.backends import Runner, Tensor, read_options
 from sdcompress.bundle import Bundle, link_files, seal, staging
 from sdcompress.errors import InputError, UsageError
 
@@ -246,14 +246,7 @@ class OnnxRuntimeRunner(Runner):
 
 
 def _options(options: Mapping[str, Any] | None) -> Options:
-    try:
-        return Options.model_validate(options or {})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UsageError(
-            f"onnxruntime option {'.'.join(map(str, first['loc']))!r}: {first['msg']}; "
-            f"there are: {', '.join(Options.model_fields)}"
-        ) from error
+    return read_options("onnxruntime", Options, options)
 
 
 def _provider_that_loads(models: list[Path], options: Options) -> str:

@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from export.backends import Runner, Tensor
+from export.backends import Runner, Tensor, read_options
 from export.device import builder
 from export.device.errors import DeviceError
 from export.device.process import command_of
 from export.specs import Sizes, static_shapes
+from export.targets import names as target_names
 from sdcompress.build_report import BUILD_REPORT, BuildReport, Component
 from sdcompress.build_report import Runtime as RuntimeRecord
 from sdcompress.bundle import Bundle, carry_over, seal, staging, write_text
@@ -127,6 +128,8 @@ def parse_profile(text: str) -> tuple[Sizes, Sizes, Sizes]:
     numbers = [tuple(int(n) for n in match.groups()) for match in found if match]
     if any(not a <= b <= c for a, b, c in zip(*numbers, strict=True)):
         raise ValueError(f"expected sizes that grow from MIN to USUAL to MAX, found {text!r}")
+    if not all(min(size) for size in numbers):
+        raise ValueError(f"expected 1 or more of images and pixels, found {text!r}")
     low, usual, high = (Sizes(images=i, height=h, width=w) for i, h, w in numbers)
     return low, usual, high
 
@@ -156,6 +159,13 @@ class TensorRTBackend:
         self._settings(_options(self.name, options), target)
 
     def why_not_run(self, details: Mapping[str, Any]) -> str | None:
+        why = self.why_not_load(details)
+        if why and (self._no_module() or not isinstance(local_gpu(), Gpu)):
+            why += "; measure it on the card, or with the device bundle of `sdcompress device`"
+        return why
+
+    def why_not_load(self, details: Mapping[str, Any]) -> str | None:
+        """The same, without where to go for pictures and figures."""
         if why := self._no_module():
             return why
         gpu = local_gpu()
@@ -213,6 +223,8 @@ class TensorRTBackend:
         if not components:
             raise InputError(f"{source.path}: expected <component>/{MODEL}, found none")
         sizes = sizes or Sizes()
+        for component in components:
+            _shapes(source, component, sizes, chosen)  # whether all fit, before the first is built
         with staging(out, replace=replace) as work, _logs() as logs:
             job = _Job(self.name, settings, source, work, logs, progress)
             sizes, made = _build_all(job, components, sizes)
@@ -253,8 +265,8 @@ class TensorRTBackend:
             details["providers"][component],
         )
 
-    def _no_module(self) -> str | None:
-        """None if a version that serves is installed, else how to get one."""
+    def _no_module(self, way: str | None = None) -> str | None:
+        """None if a version that serves is installed, else how to get one, or another `way`."""
         try:
             module = importlib.import_module(self.name)
             builder.check_version(self.name, module.__version__)
@@ -262,7 +274,7 @@ class TensorRTBackend:
             # What is installed and broken says itself what it lacks.
             missing = isinstance(error, ModuleNotFoundError) and error.name == self.name
             found = "is missing" if missing else f"cannot be imported ({error})"
-            return f"the Python module {self.name} {found}; {self._how_to_get()}"
+            return f"the Python module {self.name} {found}; {way or self._how_to_get()}"
         except DeviceError as error:
             return str(error)
         return None
@@ -287,8 +299,13 @@ class TensorRTBackend:
                 f"{target.title} is not served by {self.name}; use backend "
                 f"{' or '.join(target.backends)}"
             )
-        if why := self.available():
+        # A Jetson's engines are built by the Jetson: what would make this machine build is no help.
+        elsewhere = target and target.platform == "jetson" and platform.machine() != "aarch64"
+        way = _on_the_device(target) if target and elsewhere else None
+        if why := self._no_module(way):
             raise UsageError(why)
+        if why := self.available():
+            raise UsageError(f"{why}; {way}" if way else why)
         gpu = local_gpu()
         capability = self._capability(chosen, target, gpu)
         runtime = self._runtime(capability)
@@ -344,8 +361,8 @@ class TensorRTBackend:
         if not self._ahead_of_time and wanted != gpu.compute_capability:
             raise UsageError(
                 f"TensorRT builds for the GPU it runs on: asked is compute capability {wanted}, "
-                f"and the {gpu.name} here has {gpu.compute_capability}; build on the device: "
-                "`sdcompress run` writes a device.tar for it"
+                f"and the {gpu.name} here has {gpu.compute_capability}; "
+                f"{_on_the_device(target)}"
             )
         return wanted
 
@@ -423,7 +440,7 @@ def _build_all(
         return sizes, {c: _build_one(job, c, sizes) for c in components}
     except builder.OutOfMemoryError as error:
         if not job.settings.options.allow_smaller:
-            hint = "or set allow_smaller: true to have height and width halved"
+            hint = "or add --option allow_smaller=true to have height and width halved"
             raise InputError(f"{error}; {hint}") from error
         smaller = _halved(job.source, sizes)
         try:
@@ -478,7 +495,10 @@ def _shapes(source: Bundle, component: str, sizes: Sizes, options: Options) -> d
         return {"shapes": at(sizes)}
     profiles = []
     for text in options.profiles:
-        low, usual, high = (at(replace(s, guided=sizes.guided)) for s in parse_profile(text))
+        try:
+            low, usual, high = (at(replace(s, guided=sizes.guided)) for s in parse_profile(text))
+        except UsageError as error:
+            raise UsageError(f"profile {text}: {error}") from error
         profiles.append({name: (low[name], usual[name], high[name]) for name in usual})
     asked = at(sizes)
     if not any(_within(profile, asked) for profile in profiles):
@@ -488,6 +508,15 @@ def _shapes(source: Bundle, component: str, sizes: Sizes, options: Options) -> d
             f"{sizes.width or geometry.default_size}, which is asked for; widen one of them"
         )
     return {"profiles": tuple(profiles)}
+
+
+def _on_the_device(target: Target | None) -> str:
+    """How engines get built where they will run."""
+    name = target.name if target and target.name in target_names() else "TARGET"
+    return (
+        "build on the device, with what "
+        f"`sdcompress device DENSE SPARSE --target {name} -o device.tar` packs for it"
+    )
 
 
 def _within(profile: builder.Profile, shapes: builder.Shapes) -> bool:
@@ -607,12 +636,17 @@ def refit(engine: Bundle, onnx: Bundle, out: Path, *, replace: bool = False) -> 
             loaded then.
     """
     details = engine.manifest.details
+    if details["backend"] not in TITLES:
+        raise UsageError(
+            f"{engine.path}: is an engine of {details['backend']}, and only those of "
+            f"{' and '.join(TITLES)} are refitted; build it without --refit"
+        )
     name, options = str(details["backend"]), Options.model_validate(details["options"])
     backend = TensorRTBackend(name)  # type: ignore[arg-type]
     _refuse_other_structure(engine, onnx, options)
     for bundle in (engine, onnx):
         bundle.check_files()
-    if why := backend.why_not_run(details):
+    if why := backend.why_not_load(details):
         raise UsageError(f"{engine.path}: cannot be refitted here: {why}")
     old = BuildReport.read(engine.path)
     if old is None:
@@ -825,14 +859,7 @@ def _rebuild(name: str, details: Mapping[str, Any], gpu: Gpu) -> str:
 
 
 def _options(name: str, options: Mapping[str, Any] | None) -> Options:
-    try:
-        return Options.model_validate(options or {})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UsageError(
-            f"{name} option {'.'.join(map(str, first['loc']))!r}: {first['msg']}; "
-            f"there are: {', '.join(Options.model_fields)}"
-        ) from error
+    return read_options(name, Options, options)
 
 
 BACKEND = TensorRTBackend("tensorrt")

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from export.backends import Runner, Tensor
+from export.backends import Runner, Tensor, read_options
 from export.specs import MODEL_OF, Sizes, canonical_key, component_spec
 from sdcompress.bundle import Bundle, link_files, seal, staging
 from sdcompress.errors import InputError, SdcompressError, UsageError
@@ -487,14 +487,7 @@ def _why_not_sparse() -> str | None:
 
 
 def _options(options: Mapping[str, Any] | None) -> Options:
-    try:
-        return Options.model_validate(options or {})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UsageError(
-            f"torch_cuda option {'.'.join(map(str, first['loc']))!r}: {first['msg']}; "
-            f"there are: {', '.join(Options.model_fields)}"
-        ) from error
+    return read_options("torch_cuda", Options, options)
 
 
 def _no_target(target: Target | None) -> None:

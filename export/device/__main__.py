@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, default=Path("results.json"), help="default: results.json")
     add("--only", choices=("build", "check", "measure"), help="do no more than this")
     add("--rounds", type=_rounds, default=10, help="processes of each contestant (default: 10)")
-    add("--budget", type=float, default=4.0, help="seconds of timed work a process (default: 4)")
+    add("--budget", type=_seconds, default=4.0, help="seconds of timed work a process (default: 4)")
     add("--seed", type=int, default=0, help="of the order in which processes take turns")
     add(
         "--residency",
@@ -77,9 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--cuda-graph", action="store_true", help="launch each inference as one CUDA graph")
     add("--workspace", type=_positive, metavar="MIB", help="of the builder (default: the target's)")
     add("--level", type=int, choices=range(6), help="builder optimisation level (TensorRT's: 3)")
-    add("--module", choices=("tensorrt", "tensorrt_rtx"), default="tensorrt")
+    add(
+        "--module",
+        choices=("tensorrt", "tensorrt_rtx"),
+        help="what builds and runs (default: of those that serve the target the first installed)",
+    )
     add("--trtexec", metavar="PATH", help="use this trtexec instead of the Python module")
-    add("--compute-capability", metavar="8.9", help="build for another GPU; with --only build")
+    add("--compute-capability", metavar="8.9", help="build without the GPU; with --only build")
     add("--no-memory-check", action="store_true", help="try it even if memory seems too little")
     return parser
 
@@ -178,18 +184,32 @@ def _route(contents: Contents, options: argparse.Namespace) -> tuple[Route, dict
         preflight.check_gpu(target, gpu)
         return trtexec, {"gpu": gpu}
     ahead: str | None = options.compute_capability
-    found = run_job({"job": "probe", "module": options.module, "gpu": not ahead})
-    preflight.check_version(target, options.module, found["version"])
+    if ahead and ahead != target["compute_capability"]:
+        raise DeviceError(
+            f"the bundle is for {target['title']} (compute capability "
+            f"{target['compute_capability']}), found --compute-capability {ahead}; make a bundle "
+            "for that device with `sdcompress device --target …`",
+            exit_code=2,
+        )
+    name: str = options.module or _installed(target["backends"])
+    found = run_job({"job": "probe", "module": name, "gpu": not ahead})
+    preflight.check_version(target, name, found["version"])
     if ahead:
-        return ModuleRoute(
-            options.module, found["version"], ahead, device="ahead", ahead=True, say=_say
-        ), {"gpu": None}
+        return ModuleRoute(name, found["version"], ahead, device="ahead", ahead=True, say=_say), {
+            "gpu": None
+        }
     gpu = found["gpu"]
     preflight.check_gpu(target, gpu)
-    capability, name = gpu["compute_capability"], gpu["name"]
-    return ModuleRoute(options.module, found["version"], capability, device=name, say=_say), {
-        "gpu": gpu
-    }
+    capability, device = gpu["compute_capability"], gpu["name"]
+    return ModuleRoute(name, found["version"], capability, device=device, say=_say), {"gpu": gpu}
+
+
+def _installed(modules: Sequence[str]) -> str:
+    """The first of these that can be imported; where none can, the first, which says how to get it.
+
+    They are looked for and not loaded: their libraries must not stay in this process.
+    """
+    return next((name for name in modules if find_spec(name)), modules[0])
 
 
 def _checks(
@@ -225,6 +245,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, found {text}")
     return number
 
 

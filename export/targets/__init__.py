@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from export.specs import OPSET
 from sdcompress.errors import UsageError
@@ -53,6 +53,14 @@ class Target(BaseModel):
     workspace_mb: int = Field(gt=0)
     residency: Literal["resident", "sequential"]
     resolution: int = Field(ge=8, multiple_of=8)
+
+    @field_validator("compute_capability", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        """8.7 without quotes is a number to YAML; it has one decimal, so that nothing is lost."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(float(value))
+        return value
 
     @property
     def capability(self) -> tuple[int, ...]:
@@ -123,7 +131,8 @@ def load_target(name_or_path: str) -> Target:
     """Load a shipped device by name, or any YAML file by path.
 
     Raises:
-        UsageError: there is no such device, the file is not valid, or the device is too old.
+        UsageError: there is no such device, the file is not valid, the device is too old, or its
+            name is that of a shipped one and the rest is not.
     """
     path = Path(name_or_path)
     if not path.is_file():
@@ -134,9 +143,16 @@ def load_target(name_or_path: str) -> Target:
             )
     data = read_yaml(path, "'name', 'compute_capability' and the rest of a target")
     try:
-        return Target.model_validate(data)
+        target = Target.model_validate(data)
     except ValidationError as e:
         raise UsageError(f"{path}: {describe_first(e, 'target')}") from e
+    # Results name a target by its name, which must mean one device.
+    if path.parent != SHIPPED and target.name in names() and target != load_target(target.name):
+        raise UsageError(
+            f"{path}: name: {target.name!r} is a device that comes with sdcompress, and this is "
+            "another; give it a name of its own"
+        )
+    return target
 
 
 def _numbers(version: str) -> tuple[int, ...]:

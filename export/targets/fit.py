@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from export.targets import Target
+from sdcompress.errors import UsageError
 from sdcompress.patterns import Pattern, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan
 from sdcompress.recipe import Recipe
@@ -36,25 +37,24 @@ def sparse_candidates(target: Target, plan: SparsityPlan) -> SparseCandidates | 
     return SparseCandidates(large_enough=len(large), of=len(layers))
 
 
+def check_backend(target: Target, backend: str) -> None:
+    """Raises UsageError for an engine builder that does not build for the target."""
+    if backend.startswith("tensorrt") and backend not in target.backends:
+        raise UsageError(
+            f"{backend} does not build for {target.name}, {' or '.join(target.backends)} does; "
+            "with backend onnxruntime pictures are made here, and device.tar builds on the device"
+        )
+
+
 def warnings(target: Target, recipe: Recipe, plan: SparsityPlan, native: int) -> tuple[str, ...]:
     """What will not be as the recipe hopes on this device, a line each.
 
     `native` is the model's own picture size in pixels, used where the recipe names none.
     """
     return (
-        *_about_backend(target, recipe),
         *_about_sparsity(target, recipe, plan),
         *_about_size(target, recipe, plan, native),
     )
-
-
-def _about_backend(target: Target, recipe: Recipe) -> Iterator[str]:
-    backend = recipe.engine.backend
-    if backend.startswith("tensorrt") and backend not in target.backends:
-        yield (
-            f"{backend} does not build for {target.name}, {' or '.join(target.backends)} does: "
-            "engines are made for this machine, the device makes its own"
-        )
 
 
 def _about_sparsity(target: Target, recipe: Recipe, plan: SparsityPlan) -> Iterator[str]:

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import warnings
 
 import click
 
@@ -52,6 +53,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not debug:  # libraries' remarks on their own imports are no part of our output
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        warnings.showwarning = _warn
     # Whoever stops a container sends SIGTERM; half-made work is cleared up as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -71,6 +73,11 @@ def main() -> None:
         if debug:
             raise
         _fail(_unexpected(e), 1)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """One line, without the place in the source that a library's reader would want."""
+    click.echo(f"sdcompress: warning: {message}", err=True)
 
 
 def _interrupted(arguments: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,19 @@ residency_option = click.option(
     show_default=True,
     help="All components of the engine loaded, or for small devices one at a time.",
 )
+
+
+class Finite(click.FloatRange):
+    """A number within a range that is neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+GUIDANCE = Finite(min=0)
 
 
 def model_options(f: F) -> F:

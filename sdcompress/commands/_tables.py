@@ -55,11 +55,23 @@ def measures_table(results: Results) -> Table:
         c = m.sparse_to_dense
         ratio = f"{c.ratio:.3f} [{c.low:.3f}, {c.high:.3f}]"
         dense, sparse = (_quantity(median(x.rounds), m) for x in (m.dense, m.sparse))
-        table.add_row(name.replace("_", " "), dense, sparse, ratio, c.verdict)
+        says = c.verdict + (" (within the control)" if c.within_control else "")
+        table.add_row(name.replace("_", " "), dense, sparse, ratio, says)
     sizes = [results.engines[twin].bytes for twin in ("dense", "sparse")]
-    size_ratio = f"{sizes[1] / sizes[0]:.3f}"
+    size_ratio = f"{sizes[1] / sizes[0]:.3f}" if sizes[0] else "–"
     table.add_row("engine files", size(sizes[0]), size(sizes[1]), size_ratio, "")
     return table
+
+
+def print_measures(console: Console, results: Results) -> None:
+    """The table of figures, and whether they can be trusted."""
+    console.print(measures_table(results))
+    if not results.control.trustworthy:
+        differs = ", ".join(name.replace("_", " ") for name in results.control.differs)
+        console.print(
+            f"do not trust these figures: the dense engine differed from itself ({differs}); "
+            "measure again on a quiet machine"
+        )
 
 
 def build_table(report: BuildReport) -> Table:
@@ -87,6 +99,7 @@ def build_table(report: BuildReport) -> Table:
 
 def print_outcome(console: Console, run: Path, page: Path) -> None:
     """What `run` ends with: the sparsities, what was built, the figures, and where the page is."""
+    from export.device_bundle import is_device_results, read_results
     from sdcompress.build_report import BuildReport
     from sdcompress.bundle import Bundle
     from sdcompress.report import not_measured
@@ -99,12 +112,8 @@ def print_outcome(console: Console, run: Path, page: Path) -> None:
     kernels = SparseKernels.model_validate(engine.manifest.details["sparse_kernels"])
     used = "an unknown number" if kernels.used is None else kernels.used
     if results.exists():
-        loaded = Results.read(results)
-        console.print(measures_table(loaded))
-        if not loaded.control.trustworthy:
-            console.print(
-                "the dense engine differed from itself: this machine was too busy to trust"
-            )
+        of_device = is_device_results(results)
+        print_measures(console, read_results(results) if of_device else Results.read(results))
     else:
         console.print(f"not measured here: {not_measured(run)}")
     console.print(f"sparse kernels used: {used} of {kernels.of} layers ({kernels.how})")

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdcompress.commands._common import counted_progress, emit, json_option, residency_option
+from sdcompress.commands._common import (
+    GUIDANCE,
+    Finite,
+    counted_progress,
+    emit,
+    json_option,
+    residency_option,
+)
 from sdcompress.results import Results
 
 if TYPE_CHECKING:
@@ -25,12 +32,12 @@ Output = Results
 )
 @click.option("--rounds", type=click.IntRange(min=2), default=10, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of the whole picture.")
-@click.option("--guidance", type=float, help="Guidance scale; 1 or less runs one branch.")
+@click.option("--guidance", type=GUIDANCE, help="Guidance scale; 1 or less runs one branch.")
 @click.option("--height", type=click.IntRange(min=8), help="Pixels.")
 @click.option("--width", type=click.IntRange(min=8), help="Pixels.")
 @click.option(
     "--budget",
-    type=float,
+    type=Finite(min=0, min_open=True),
     default=1.2,
     show_default=True,
     help="Seconds of timed work in each process.",
@@ -61,20 +68,15 @@ def command(
     """
     from export.bench import bench
     from export.run import command_line
-    from sdcompress.bundle import Bundle, write_text
-    from sdcompress.errors import UsageError
+    from sdcompress.bundle import Bundle, refuse_existing, write_text
     from sdcompress.models.defaults import sampling_defaults
 
-    if output.exists():
-        raise UsageError(f"{output}: already exists; choose another --output or remove it")
-    if not output.parent.is_dir():
-        raise UsageError(
-            f"{output.parent}: no such directory; create it or choose another --output"
-        )
+    refuse_existing(output)
     dense_engine, sparse_engine = (Bundle.open(p, stages=("engine",)) for p in (dense, sparse))
     asked = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     defaults = sampling_defaults(dense_engine)
     sampling: dict[str, Any] = {k: defaults[k] if v is None else v for k, v in asked.items()}
+    output.parent.mkdir(parents=True, exist_ok=True)  # now, and not when all is measured
     with counted_progress("measuring") as progress:
         results = bench(
             dense_engine,
@@ -88,6 +90,6 @@ def command(
         )
     write_text(output, results.model_dump_json(indent=1) + "\n")
 
-    from sdcompress.commands._tables import measures_table
+    from sdcompress.commands._tables import print_measures
 
-    emit(results, as_json, lambda console: console.print(measures_table(results)))
+    emit(results, as_json, lambda console: print_measures(console, results))

@@ -56,14 +56,16 @@ class Output(BaseModel):
     "--refit",
     type=click.Path(path_type=Path),
     metavar="ENGINE",
-    help="Put the weights into this engine's plans instead; its zeros must be the same.",
+    help="Put the weights into this engine's plans instead. It must have been built with --option "
+    "refit=true, and its zeros must be the same; target, sizes and options are its own.",
 )
 @click.option(
     "--option",
     "options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="An option of the backend, such as provider=cuda; repeat a key for a list.",
+    help="An option of the backend, such as provider=cuda; repeat a key for a list. "
+    "An unknown key lists all there are.",
 )
 @json_option
 def command(
@@ -94,18 +96,23 @@ def command(
 
     watch = Stopwatch()
     wanted = _parse(options)
+    if refit and (
+        backend or target or options or height or width or images > 1 or guidance is not None
+    ):
+        raise click.UsageError(
+            "--refit takes the engine's own backend, target, sizes and options; leave them out"
+        )
     device = load_target(target) if target else None
     name = backend or _serving(device)
     chosen = load_backend(name)
     source = Bundle.open(onnx, stages=("onnx",))
     if refit:
-        if target or options:
-            raise click.UsageError("--refit takes the engine's own target and options; leave both")
         from export.backends.tensorrt import refit as refit_engine
 
-        name = str(Bundle.open(refit, stages=("engine",)).manifest.details["backend"])
+        engine = Bundle.open(refit, stages=("engine",))
+        name = str(engine.manifest.details["backend"])
         with stage_status(f"refitting {refit}"):
-            made = refit_engine(Bundle.open(refit), source, output)
+            made = refit_engine(engine, source, output)
     else:
         chosen.check(wanted, device)
         if guidance is None:

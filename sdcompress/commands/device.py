@@ -36,7 +36,13 @@ class Output(BaseModel):
     default=None,
     help="Two branches, or one as distilled models want it.  [default: the model's own]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs to compare by.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the inputs to compare by.",
+)
 @json_option
 def command(
     dense: Path,

@@ -24,6 +24,7 @@ PACKAGES = {
     "tensorrt-rtx": "pip install 'sdcompress[rtx]'",
     "tensorrt": "comes with JetPack or NVIDIA's installer; see pip install 'sdcompress[tensorrt]'",
 }
+NEED_A_GPU = ("tensorrt", "tensorrt_rtx")
 
 
 class Finding(BaseModel):
@@ -51,7 +52,7 @@ def command(as_json: bool) -> None:
     Example:
       sdcompress doctor
     """
-    findings = [*_packages(), _one_runtime(), *_backends(), _gpu(), _model(), _disk()]
+    findings = [*_packages(), _one_runtime(), *_backends(gpu := _gpu()), gpu, _model(), _disk()]
     required = {"torch", "diffusers", "transformers", "onnx", "one onnxruntime", "mini-sd2"}
     ok = all(f.ok for f in findings if f.name in required)
     output = Output(ok=ok, findings=findings)
@@ -88,15 +89,16 @@ def _one_runtime() -> Finding:
     return Finding(name=name, state=found[0], ok=True)
 
 
-def _backends() -> list[Finding]:
+def _backends(gpu: Finding) -> list[Finding]:
     from export.backends import load_backend, names
 
     findings = []
     for name in names():
         problem = load_backend(name).available()
-        findings.append(
-            Finding(name=f"backend {name}", state=problem or "runs here", ok=problem is None)
-        )
+        state = problem or "runs here"
+        if problem is None and name in NEED_A_GPU and not gpu.ok:
+            state = "builds here, needs a GPU to run"
+        findings.append(Finding(name=f"backend {name}", state=state, ok=problem is None))
     return findings
 
 

@@ -9,6 +9,7 @@ import click
 from pydantic import BaseModel
 
 from sdcompress.commands._common import (
+    GUIDANCE,
     Stopwatch,
     byte_progress,
     counted_progress,
@@ -78,9 +79,14 @@ class Output(BaseModel):
     metavar="N",
     help="Make N pictures first, to find and keep in fp32 the layers that leave fp16's range.",
 )
-@click.option("--prompt", "prompts", multiple=True, help="For --calibrate; can be repeated.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="What --calibrate makes, repeatable; given alone, it makes a picture of each.",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="For --calibrate.")
-@click.option("--guidance", type=float, help="For --calibrate; 0 for distilled models.")
+@click.option("--guidance", type=GUIDANCE, help="For --calibrate; 0 for distilled models.")
 @click.option(
     "--keep-fp32",
     type=click.Path(path_type=Path),
@@ -111,6 +117,7 @@ def command(
       sdcompress export mini-sd2 -o onnx --dtype fp32
     """
     from export.to_onnx import export_bundle
+    from sdcompress.bundle import refuse_existing
     from sdcompress.errors import UsageError
 
     watch = Stopwatch()
@@ -121,6 +128,7 @@ def command(
         )
     if not pictures and (steps is not None or guidance is not None):
         raise UsageError("--steps and --guidance are for --calibrate; give it a number of pictures")
+    refuse_existing(output)
     ranges = _read(keep_fp32)
     source = open_model(bundle, **how)
     if pictures:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +14,8 @@ import click
 from pydantic import BaseModel, computed_field
 
 from sdcompress.commands._common import F, emit, json_option
-from sdcompress.errors import UsageError, VerificationError
+from sdcompress.errors import InputError, UsageError, VerificationError
+from sdcompress.gate import TWINS
 from sdcompress.recipe import Gates
 from sdcompress.results import Check, Results
 
@@ -60,6 +64,13 @@ def _limit(name: str, what: str) -> Callable[[F], F]:
     help="Another results.json with the quality of the pictures; devices make none.",
 )
 @click.option(
+    "--run",
+    "made",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="The output of `run` whose engines or device.tar RESULTS must have measured.",
+)
+@click.option(
     "--median", "by_median", is_flag=True, help="Let medians pass, whatever their intervals say."
 )
 @json_option
@@ -67,6 +78,7 @@ def command(
     results: Path,
     recipe: str | None,
     quality_from: Path | None,
+    made: Path | None,
     by_median: bool,
     as_json: bool,
     **given: Any,
@@ -95,6 +107,8 @@ def command(
     limits = Gates(**(from_recipe | {k: v for k, v in given.items() if v is not None}))
     check_limits(limits)
     found = _read(file)
+    if made:
+        _check_made(file, found, made)
     if quality_from:
         found = _with_quality(found, _read(quality_from), quality_from)
     output = Output(
@@ -105,14 +119,54 @@ def command(
     )
     emit(output, as_json, lambda console: _show(console, output))
     if failed := [check.name for check in output.checks if not check.passed]:
-        raise VerificationError(f"{file}: over the limit or unknown: {', '.join(failed)}")
+        raise VerificationError(f"{file}: not met or unknown: {', '.join(failed)}")
 
 
 def _read(file: Path) -> Results:
     """Results of this machine, or those a device has brought back."""
     from export.device_bundle import is_device_results, read_results
 
+    bundle = file.parent / "device.tar"
+    if not file.exists() and bundle.is_file():
+        raise InputError(
+            f"{file}: there is none, this run is measured on its device; run the script in "
+            f"{bundle} there and give the results.json that it writes"
+        )
     return read_results(file) if is_device_results(file) else Results.read(file)
+
+
+def _check_made(file: Path, results: Results, run: Path) -> None:
+    """Raises VerificationError: what was measured is not what lies in the output of a run."""
+    from export.device_bundle import is_device_results
+    from sdcompress.bundle import MANIFEST
+
+    try:
+        if is_device_results(file):
+            measured = [json.loads(file.read_bytes())["bundle"]]
+            made = [_manifest_of(run / "device.tar")]
+        else:
+            measured = [results.engines[twin].digest for twin in TWINS]
+            made = [
+                hashlib.sha256((run / "engine" / twin / MANIFEST).read_bytes()).hexdigest()
+                for twin in TWINS
+            ]
+    except FileNotFoundError:
+        made = []
+    except (OSError, KeyError, tarfile.TarError) as error:
+        raise InputError(
+            f"{run}: its engines or its device.tar cannot be read ({error}); run it again"
+        ) from error
+    if measured != made:
+        raise VerificationError(
+            f"{file}: measured something else than what is in {run}; measure that"
+        )
+
+
+def _manifest_of(bundle: Path) -> str:
+    """The digest that names a device bundle: that of its manifest."""
+    with tarfile.open(bundle) as tar:
+        member = tar.extractfile("manifest.json")
+        return hashlib.sha256(member.read() if member else b"").hexdigest()
 
 
 def _with_quality(results: Results, other: Results, file: Path) -> Results:

@@ -11,6 +11,7 @@ import click
 from pydantic import BaseModel
 
 from sdcompress.commands._common import (
+    GUIDANCE,
     counted_progress,
     emit,
     json_option,
@@ -38,7 +39,7 @@ class Output(BaseModel):
 @output_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture i uses seed + i.")
 @click.option("--steps", type=click.IntRange(min=1))
-@click.option("--guidance", type=float)
+@click.option("--guidance", type=GUIDANCE)
 @click.option("--height", type=click.IntRange(min=8), help="Pixels.")
 @click.option("--width", type=click.IntRange(min=8), help="Pixels.")
 @residency_option

@@ -60,7 +60,7 @@ def command(
     """
     from export.pipeline import Geometry
     from export.targets import load_target
-    from export.targets.fit import sparse_candidates, warnings
+    from export.targets.fit import check_backend, sparse_candidates, warnings
     from sdcompress.catalog import read_catalog
     from sdcompress.models.sources import resolve
     from sdcompress.plan import account, make_plan
@@ -70,6 +70,8 @@ def command(
     name = model_of(loaded, model)
     wanted = target or loaded.target
     device = load_target(wanted) if wanted else None
+    if device:
+        check_backend(device, loaded.engine.backend)
     directory = resolve(name, **how).directory
     made = make_plan(loaded, read_catalog(directory))
     output = Output(

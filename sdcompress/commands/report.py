@@ -18,20 +18,33 @@ class Output(BaseModel):
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of the results.json there, such as what a device has measured.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Instead of DIRECTORY/report.html."
+)
 @json_option
-def command(directory: Path, as_json: bool) -> None:
+def command(directory: Path, results: Path | None, output: Path | None, as_json: bool) -> None:
     """Write DIRECTORY/report.html from what a run has left in DIRECTORY.
 
     The results.json there may also be one that the script of a device bundle has written.
 
     \b
-    Example:
+    Examples:
       sdcompress report out
+      sdcompress report out --results from-the-device.json -o device.html
     """
     from export.device_bundle import is_device_results, read_results
     from sdcompress.report import write_report
+    from sdcompress.results import Results
 
-    file = directory / "results.json"
-    results = read_results(file) if is_device_results(file) else None
-    output = Output(report=str(write_report(directory, results)))
-    emit(output, as_json, lambda console: console.print(output.report))
+    file = results or directory / "results.json"
+    found = read_results(file) if is_device_results(file) else None
+    if results and not found:
+        found = Results.read(results)
+    written = Output(report=str(write_report(directory, found, output)))
+    emit(written, as_json, lambda console: console.print(written.report))

@@ -87,6 +87,7 @@ def command(
             fresh=fresh,
             announce=announce,
             tell=status.update,
+            warn=lambda what: people.print(f"warning: {what}", markup=False),
         )
     result = Output(
         output=str(output),

@@ -61,7 +61,7 @@ def forest(measures: Mapping[str, Measure], names: Mapping[str, str]) -> Markup:
 
     row, left, right, top = 46, 210, 970, 12
     bounds = [b for m in measures.values() for b in _bounds(m)]
-    reach = max(0.02, *(abs(math.log(b)) for b in bounds)) * 1.08
+    reach = max([0.02, *(abs(math.log(b)) for b in bounds)]) * 1.08
 
     def x(value: float) -> float:
         return left + (right - left) * (math.log(value) + reach) / (2 * reach)

@@ -38,6 +38,8 @@ NAMES = {
     "vae": "VAE",
 }
 SAME = "no difference"
+# What a target's engines are built by; others run on the machine they are made on.
+FOR_A_TARGET = ("tensorrt", "tensorrt_rtx", "trtexec")
 IDENTICAL = 100.0  # dB, in place of infinity
 # The bootstrap of a median is too sure of itself with fewer.
 ENOUGH_ROUNDS = 10
@@ -55,10 +57,10 @@ class Pair:
     psnr: float | None
 
 
-def write_report(run: Path, results: Results | None = None) -> Path:
-    """Write `report.html` into a run's directory and return its path.
+def write_report(run: Path, results: Results | None = None, page: Path | None = None) -> Path:
+    """Write `page`, else `report.html` into the run's directory, and return its path.
 
-    `results` are those of the directory's results.json, where it is not of the ordinary kind.
+    `results` go before those of the directory's results.json.
 
     Raises:
         InputError: the directory holds nothing to report on, or a file in it is unreadable.
@@ -71,7 +73,7 @@ def write_report(run: Path, results: Results | None = None) -> Path:
             f"{run}: expected a run's directory, found neither {RESULTS} nor a pruned bundle; "
             "`sdcompress run RECIPE -o DIR` makes one"
         )
-    page = run / PAGE
+    page = page or run / PAGE
     write_text(page, render(run, results, bundle))
     return page
 
@@ -104,7 +106,9 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         model=(results and results.model) or (source and source.id) or "a model",
         recipe=(results and results.recipe) or recipe.get("name"),
         recipe_text=_text(run / RECIPE),
-        headline=headline(results, sparsity, pairs, plan, checks, not_measured(run)),
+        headline=headline(
+            results, sparsity, pairs, plan, checks, not_measured(run), target=target_of(run)
+        ),
         results=results,
         forest=charts.forest(results.measures, NAMES) if results else "",
         sparsity=sparsity,
@@ -129,8 +133,12 @@ def headline(
     plan: SparsityPlan | None,
     checks: Sequence[Check] | None = None,
     reason: str | None = None,
+    target: str | None = None,
 ) -> list[str]:
-    """What was asked, what it brings and what it costs, claiming no more than was shown."""
+    """What was asked, what it brings and what it costs, claiming no more than was shown.
+
+    `target` is the device the run is for, and `reason` why its engines were not measured.
+    """
     said = []
     if failed := [check.name for check in checks or () if not check.passed]:
         said.append(f"Verification failed: {_list(failed)}. Do not use this model.")
@@ -144,6 +152,13 @@ def headline(
             f"{percent(both.of_component)} of them really are zero, "
             f"{percent(sparsity.pipeline.of_component)} of the whole pipeline."
         )
+    if results and target and results.engines["sparse"].backend not in FOR_A_TARGET:
+        said.append(
+            f"Measured with {results.engines['sparse'].backend} on "
+            f"{results.environment.accelerator or results.environment.processor}, which is not "
+            f"{target}: these figures say nothing about that; the script in device.tar measures "
+            "there."
+        )
     if results is None and reason:
         said.append(f"Built and not measured here: {reason}.")
     elif results is None:
@@ -156,16 +171,17 @@ def headline(
     else:
         if results.setup.rounds < ENOUGH_ROUNDS:
             said.append(f"Measured in {results.setup.rounds} rounds only, too few to rely on.")
-        said.append(_gain(results.measures["picture"], "time for a picture", "less", "more"))
+        if picture := results.measures.get("picture"):
+            said.append(_gain(picture, "time for a picture", "less", "more"))
         if memory := results.measures.get("peak_memory"):
             said.append(_gain(memory, "peak memory", "less", "more"))
-        unstructured = plan and any(p.pattern == "unstructured" for p in plan.layers)
         kernels = results.engines["sparse"].sparse_kernels
-        if kernels.used == 0 and results.measures["picture"].sparse_to_dense.verdict == SAME:
+        if kernels.used == 0 and picture and picture.sparse_to_dense.verdict == SAME:
             said.append(
-                "That is what theory says: "
-                + ("unstructured zeros speed nothing up, and " if unstructured else "")
-                + "no kernel of this engine skips zeros."
+                "That is what theory says: unstructured zeros speed nothing up, and no kernel of "
+                "this engine skips zeros."
+                if plan and _unstructured(plan) > 0.5
+                else "No kernel of this engine skips zeros."
             )
     if pairs:
         said.append(_quality(pairs))
@@ -175,9 +191,17 @@ def headline(
 def _gain(measure: Measure, what: str, less: str, more: str) -> str:
     c = measure.sparse_to_dense
     if c.verdict == SAME:
-        return f"No difference in {what} ({ratio(c.ratio)}, {interval(c)})."
+        control = ", within the control" if c.within_control else ""
+        return f"No difference in {what} ({ratio(c.ratio)}, {interval(c)}{control})."
     word = less if c.verdict == "lower" else more
     return f"{percent(abs(1 - c.ratio))} {word} {what} ({ratio(c.ratio)}, {interval(c)})."
+
+
+def _unstructured(plan: SparsityPlan) -> float:
+    """The share of the plan's zeros that follow no pattern."""
+    zeros = sum(p.zeros or 0 for p in plan.layers)
+    free = sum(p.zeros or 0 for p in plan.layers if p.pattern == "unstructured")
+    return free / zeros if zeros else 0.0
 
 
 def _quality(pairs: Sequence[Pair]) -> str:
@@ -250,6 +274,18 @@ def not_measured(run: Path) -> str | None:
         return None
     reason = _json(run / LOG).get("not_measured")
     return str(reason) if reason else None
+
+
+def target_of(run: Path) -> str | None:
+    """The device that a run's recipe names."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(_text(run / RECIPE) or "")
+    except yaml.YAMLError:
+        return None
+    target = recipe.get("target") if isinstance(recipe, dict) else None
+    return str(target) if target else None
 
 
 def read_builds(run: Path) -> dict[str, BuildReport]:

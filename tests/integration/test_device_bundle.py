@@ -219,7 +219,9 @@ def test_it_builds_with_the_real_tensorrt_rtx(
     target = load_target("rtx-4090").model_copy(update={"workspace_mb": 256})
     write_device_bundle(onnx_dense, onnx_sparse, tar, target=target, steps=3)
     place = unpack(tar, tmp_path / "it")
-    ahead = ("--module", "tensorrt_rtx", "--only", "build", "--compute-capability", "8.9")
+    readme = (place / "README.txt").read_text()
+    assert "TensorRT-RTX (module tensorrt_rtx)\n  or TensorRT 10.3 or newer (module ten" in readme
+    ahead = ("--only", "build", "--compute-capability", "8.9")
     done = start(place, *ahead)
     assert done.returncode == 0, done.stderr
     plans = sorted(place.glob("work/engines/*/engine.plan"))
@@ -258,6 +260,22 @@ def test_what_cannot_be_packed(
     newer = onnx_dense.manifest.model_copy(
         update={"details": {**onnx_dense.manifest.details, "opset": 99}}
     )
+    for fact, value in (("upcast_attention", True), ("kept_fp32", {"unet": 1}), ("opset", 17)):
+        details = {**onnx_sparse.manifest.details, fact: value}
+        changed = onnx_sparse.manifest.model_copy(update={"details": details})
+        assert f"differ in {fact} (" in refused(
+            onnx_dense, Bundle(onnx_sparse.path, changed, onnx_sparse.digest)
+        )
+    files = dict(onnx_sparse.manifest.files)
+    files["unet/model.onnx"] = files["vae_decoder/model.onnx"]
+    changed = onnx_sparse.manifest.model_copy(update={"files": files})
+    assert "differ in the graph of unet (" in refused(
+        onnx_dense, Bundle(onnx_sparse.path, changed, onnx_sparse.digest)
+    )
+    assert "are the same bundle" in refused(onnx_sparse, onnx_sparse)
+    assert "has no zeros planned; prune the model" in refused(
+        onnx_dense, Bundle(onnx_dense.path, onnx_dense.manifest, "another digest")
+    )
     assert "has opset 99, Jetson Orin Nano 8 GB reads up to 20" in refused(
         Bundle(onnx_dense.path, newer, onnx_dense.digest), onnx_sparse
     )
@@ -291,5 +309,8 @@ def test_the_command(onnx_dense: Bundle, onnx_sparse: Bundle, tmp_path: Path) ->
     done = CliRunner().invoke(cli, [*command, "--target", "jetson-orin-nano"])
     assert isinstance(done.exception, InputError)
     assert "already exists" in str(done.exception)
+    done = CliRunner().invoke(cli, [*command, "--target", "jetson-orin-nano", "--seed", "-1"])
+    assert done.exit_code == 2
+    assert "-1 is not in the range x>=0" in done.output
     done = CliRunner().invoke(cli, [*command, "--target", "no-such-device"])
     assert isinstance(done.exception, UsageError)

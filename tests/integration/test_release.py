@@ -28,11 +28,14 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def started(place: Path, model: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
+def started(
+    place: Path, model: Path, results: Path | None = None, **changes: Any
+) -> subprocess.CompletedProcess[str]:
     recipe = place / "recipe.yaml"
     content = {k: v for k, v in {**RECIPE, **changes}.items() if v is not None}
     recipe.write_text(yaml.safe_dump(content))
-    return release(str(recipe), str(model), str(place / "out"), path=real(place))
+    brought = ("--results", str(results)) if results else ()
+    return release(*brought, str(recipe), str(model), str(place / "out"), path=real(place))
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +109,32 @@ def test_a_release_needs_limits(tiny_sd: Path, tmp_path: Path) -> None:
     done = started(tmp_path, tiny_sd, gates=None)
     assert done.returncode == 2
     assert "a release needs limits" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mistake_ends_before_slow_work(tiny_sd: Path, tmp_path: Path) -> None:
     done = started(tmp_path, tiny_sd, target="jetson-nano")
     assert done.returncode == 2
     assert "no target 'jetson-nano'" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_that_are_none_or_of_something_else(
+    place: Path, tiny_sd: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    broken, other = tmp_path / "broken.json", tmp_path / "other.json"
+    broken.write_bytes(b"\xff\xfe\x00")
+    found = json.loads((place / "out/run/results.json").read_text())
+    digest = found["engines"]["sparse"]["digest"]
+    found["engines"]["sparse"]["digest"] = "0" * 64
+    found["setup"]["prompt"] = digest  # it names the engine, and is not of it
+    other.write_text(json.dumps(found))
+    for file, code, why in (
+        (broken, 1, "not a results.json of schema version 1"),
+        (other, 3, "measured something else than what is in"),
+    ):
+        done = started(tmp_path, tiny_sd, results=file)
+        assert done.returncode == code
+        assert f"{file}: {why}" in done.stderr
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["run"]

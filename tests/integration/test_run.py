@@ -27,6 +27,7 @@ from sdcompress.errors import InputError, UsageError, VerificationError
 from sdcompress.recipe import Recipe
 from sdcompress.results import Check, Results, VerifyReport
 from tests.conftest import TWO_TO_FOUR
+from tests.unit.test_device_results import document
 
 SMALL: dict[str, Any] = {
     **TWO_TO_FOUR,
@@ -226,6 +227,11 @@ def test_an_engine_for_another_device_is_built_and_packed_and_not_measured(
     with tarfile.open(out / "device.tar") as tar:
         assert "sdcompress_device.pyz" in tar.getnames()
     assert _run(tiny_source, out, **changes) == (["report"], elsewhere)
+    # What the device has measured may be put beside it, and stays.
+    (out / "results.json").write_text(json.dumps(document()))
+    assert _run(tiny_source, out, **changes) == (["report"], elsewhere)
+    assert json.loads((out / "results.json").read_text()) == document()
+    assert "Built and not measured here" not in (out / "report.html").read_text()
 
 
 def test_a_backend_for_other_machines_and_no_target_pack_nothing(

@@ -9,9 +9,9 @@ import click
 import pytest
 
 from sdcompress.bundle import MANIFEST, Bundle
-from sdcompress.commands import _interrupted, _unexpected, cli, doctor
+from sdcompress.commands import _interrupted, _unexpected, _warn, cli, doctor
 from sdcompress.commands._common import emit, open_model
-from sdcompress.errors import UsageError
+from sdcompress.errors import InputError, UsageError
 
 
 def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,10 +75,32 @@ def test_a_malformed_option_is_named(tmp_path: Path) -> None:
         cli.main(["build", "onnx", "-o", "engine", "--option", "x=[1"], standalone_mode=False)
 
 
-def test_results_need_a_folder_before_anything_is_measured(tmp_path: Path) -> None:
-    target = str(tmp_path / "nodir" / "results.json")
-    with pytest.raises(UsageError, match="nodir: no such directory"):
-        cli.main(["bench", "a", "b", "-o", target], standalone_mode=False)
+@pytest.mark.parametrize("command", [["bench", "a", "b"], ["export", "a", "--calibrate", "2"]])
+def test_an_output_that_exists_is_refused_before_anything(
+    command: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="already exists; choose another --output"):
+        cli.main([*command, "-o", str(tmp_path)], standalone_mode=False)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench", "a", "b", "-o", "r.json", "--budget"],
+        ["bench", "a", "b", "-o", "r.json", "--guidance"],
+        ["generate", "a", "--prompt", "p", "-o", "out", "--guidance"],
+        ["export", "a", "-o", "out", "--calibrate", "1", "--guidance"],
+    ],
+)
+def test_numbers_are_finite_and_in_range(command: list[str], value: str) -> None:
+    with pytest.raises(click.BadParameter, match="not a finite number|not in the range"):
+        cli.main([*command, value], standalone_mode=False)
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    _warn(UserWarning("the picture is cut"), UserWarning, "/somewhere/file.py", 12)
+    assert capsys.readouterr().err == "sdcompress: warning: the picture is cut\n"
 
 
 @pytest.mark.parametrize(

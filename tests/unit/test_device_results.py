@@ -126,15 +126,15 @@ def _put(path: str, value: object) -> Callable[[dict[str, Any]], object]:
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no answers": (lambda d: d.pop("answers"), "answers: Field required"),
+    "no answers": (lambda d: d.pop("answers"), "answers: is missing"),
     "one contestant": (lambda d: d["answers"].pop("control"), "dense, sparse and control"),
     "a round less": (lambda d: d["answers"]["sparse"].pop(), "not 3 rounds of each contestant"),
     "no rounds": (_put("answers.dense", []), "not 3 rounds"),
-    "negative time": (_put("answers.dense.0.unet_step.0", -1.0), "greater than 0"),
-    "infinite time": (_put("answers.dense.0.unet_step.0", float("inf")), "finite"),
-    "no number": (_put("answers.dense.0.unet_step.0", "fast"), "valid number"),
-    "no times": (_put("answers.dense.0.unet_step", []), "at least 1"),
-    "other keys": (_put("answers.dense.0.more", 1), "Extra inputs"),
+    "negative time": (_put("answers.dense.0.unet_step.0", -1.0), "expected more than 0, found -1"),
+    "infinite time": (_put("answers.dense.0.unet_step.0", float("inf")), "expected a finite n"),
+    "no number": (_put("answers.dense.0.unet_step.0", "fast"), "expected a number, found 'fast'"),
+    "no times": (_put("answers.dense.0.unet_step", []), "expected 1 or more entries"),
+    "other keys": (_put("answers.dense.0.more", 1), "more: unknown key"),
     "unchecked": (lambda d: d["checks"].pop(), "sparse vae_decoder was not compared"),
     "other plan checked": (_put("checks.0.plan", "f" * 64), "dense text_encoder was not compared"),
     "failed check": (_put("checks.0.error", 0.5), "differs from the golden outputs by 5.0e-01"),
@@ -143,11 +143,11 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "differs from the golden outputs by 5.0e-01",
     ),
     "no engine": (lambda d: d["engines"]["dense"].pop("unet"), "the dense engines are not"),
-    "no digest": (_put("engines.dense.unet.plan_sha256", "../.."), "match pattern"),
-    "escape codes": (_put("environment.processor", "\x1b[31mred"), "match pattern"),
-    "long text": (_put("subject.model", "x" * 2000), "at most 1000"),
-    "other version": (_put("version", 2), "version: Input should be 1"),
-    "many rounds": (_put("setup.rounds", 10**9), "less than or equal to 10000"),
+    "no digest": (_put("engines.dense.unet.plan_sha256", "../.."), "expected text of the form"),
+    "escape codes": (_put("environment.processor", "\x1b[31mred"), "expected text of the form"),
+    "long text": (_put("subject.model", "x" * 2000), "expected 1000 characters or fewer, found"),
+    "other version": (_put("version", 2), "version: expected 1, found 2"),
+    "many rounds": (_put("setup.rounds", 10**9), "expected 10000 or less, found 1000000000"),
 }  # fmt: skip
 
 

@@ -339,6 +339,11 @@ def test_usage() -> None:
     for wrong in (
         ["--compute-capability", "8.9"],
         ["--rounds", "1"],
+        ["--rounds", "0"],
+        ["--budget", "0"],
+        ["--budget", "-1"],
+        ["--budget", "nan"],
+        ["--budget", "inf"],
         ["--workspace", "0"],
         ["--residency", "both"],
         ["--residency", "resident", "--trtexec", "trtexec"],
@@ -346,6 +351,36 @@ def test_usage() -> None:
         with pytest.raises(SystemExit) as end:
             script.main(wrong)
         assert end.value.code == 2
+
+
+def test_the_module_is_the_first_that_is_there(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = {"backends": ["tensorrt_rtx", "tensorrt"], "compute_capability": "8.7"}
+    bundle = make_sample(tmp_path / "rtx", target=target)
+    asked: list[str] = []
+
+    def probe(job: dict[str, Any], **how: Any) -> dict[str, Any]:
+        asked.append(job["module"])
+        raise script.DeviceError("enough")
+
+    monkeypatch.setattr(script, "run_job", probe)
+    for installed in ({"tensorrt"}, {"tensorrt_rtx"}, {"tensorrt", "tensorrt_rtx"}, set()):
+        monkeypatch.setattr(script, "find_spec", lambda name, i=installed: name in i or None)
+        assert run(bundle) == 1
+    assert run(bundle, "--module", "tensorrt") == 1
+    assert asked == ["tensorrt", "tensorrt_rtx", "tensorrt_rtx", "tensorrt_rtx", "tensorrt"]
+
+
+def test_it_builds_ahead_for_its_own_target_only(
+    bundle: Path, device: Device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(bundle, "--only", "build", "--compute-capability", "8.9") == 2
+    assert "(compute capability 8.7), found --compute-capability 8.9" in capsys.readouterr().err
+    assert device.built == []
+    # Allowed, but not possible with this module.
+    assert run(bundle, "--only", "build", "--compute-capability", "8.7") == 1
+    assert "tensorrt 10.3.0 has no building for another GPU" in capsys.readouterr().err
 
 
 def test_no_module_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

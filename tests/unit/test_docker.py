@@ -132,7 +132,7 @@ def calls(text: str) -> list[tuple[str, list[str]]]:
 
 def test_the_script_uses_commands_and_options_that_exist() -> None:
     used = calls(RELEASE.read_text())
-    assert {command for command, _ in used} == {"plan", "run", "verify", "gate"}
+    assert {command for command, _ in used} == {"plan", "run", "verify", "gate", "report"}
     for name, options in used:
         command: click.Command = registry.load("commands", name).command
         known = {option for parameter in command.params for option in parameter.opts}
@@ -242,10 +242,14 @@ def test_a_device_measures_and_brings_the_release(tmp_path: Path) -> None:
         member = tar.extractfile("release/results.json")
         assert member is not None
         assert member.read() == BROUGHT.encode()
+        member = tar.extractfile("release/report.html")
+        assert member is not None
+        assert member.read() == b"page\n"  # made again, with what the device measured
     asked = (tmp_path / "calls").read_text().splitlines()
     assert asked[0] == "plan recipe --model model --target jetson-orin-nano --json"
     assert asked[1] == f"run recipe --model model --target jetson-orin-nano -o {out}/run"
-    assert asked[-1] == f"gate {brought} --recipe recipe --json"
+    assert asked[-2] == f"gate {brought} --recipe recipe --run {out}/run --json"
+    assert asked[-1].startswith(f"report {out}/run --results {brought} -o ")
 
 
 def test_pictures_made_here_are_judged_beside_what_the_device_measured(tmp_path: Path) -> None:
@@ -259,19 +263,17 @@ def test_pictures_made_here_are_judged_beside_what_the_device_measured(tmp_path:
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "calls").read_text().splitlines()
     quality = f"--quality-from {out}/run/results.json"
-    assert asked[-1] == f"gate {brought} --recipe recipe {quality} --json"
+    assert asked[-2] == f"gate {brought} --recipe recipe --run {out}/run {quality} --json"
 
 
-@pytest.mark.parametrize("run", [FIGURES, f"{BUNDLE}; {FIGURES}"])
-def test_figures_of_something_else_release_nothing(tmp_path: Path, run: str) -> None:
-    other = tmp_path / "other.json"
-    other.write_text(BROUGHT[::-1])
-    done = release(
-        "--results", str(other), "a", "b", str(tmp_path / "out"), path=stub(tmp_path, run=run)
-    )
-    assert done.returncode == 3
-    assert f"{other}: measured something else than what is in {tmp_path}/out/run" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["run"]
+def test_a_refusal_before_any_work_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = stub(tmp_path, plan="exit 2")
+    assert release("recipe", "model", str(out), path=path).returncode == 2
+    assert not out.exists()
+    out.mkdir()  # one that was there before stays
+    assert release("recipe", "model", str(out), path=path).returncode == 2
+    assert list(out.iterdir()) == []
 
 
 def test_the_same_files_give_the_same_tar(tmp_path: Path) -> None:
@@ -290,7 +292,8 @@ def test_nowhere_to_run_the_engines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "code"), [("plan", 2), ("run", 1), ("run", 3), ("verify", 3), ("gate", 3)]
+    ("stage", "code"),
+    [("plan", 2), ("run", 1), ("run", 3), ("verify", 3), ("gate", 3), ("report", 1)],
 )
 def test_a_stage_that_fails_leaves_no_tar(tmp_path: Path, stage: str, code: int) -> None:
     out = tmp_path / "out"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from sdcompress.gate import gate
 from sdcompress.recipe import Gates
 from sdcompress.results import Check, Control, DeviceMemory, Results, SparseKernels
 from tests.sample_run import comparison, sample_results
+from tests.unit.test_device_results import document
 
 
 def results(
@@ -262,7 +265,7 @@ def test_all_passed(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failure_is_exit_3_with_every_reason(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(VerificationError, match=r"over the limit or unknown: size, psnr$") as error:
+    with pytest.raises(VerificationError, match=r"not met or unknown: size, psnr$") as error:
         run(out / "results.json", "--latency", "0.95", "--size", "0.5", "--psnr", "20")
     assert error.value.exit_code == 3
     said = capsys.readouterr().out
@@ -345,3 +348,70 @@ def test_results_of_a_device_are_read_as_such(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"kind": "device"}')
     with pytest.raises(InputError, match="not the complete results of a device"):
         run(tmp_path / "results.json", "--size", "1")
+
+
+def test_a_run_for_a_device_names_what_measures_it(tmp_path: Path) -> None:
+    (tmp_path / "device.tar").touch()
+    with pytest.raises(InputError, match=r"device\.tar there and give the results\.json"):
+        run(tmp_path, "--size", "1")
+
+
+def made(directory: Path, *, device: bool) -> Path:
+    """The output of a run: two engines, and the bundle for a device."""
+    for twin in ("dense", "sparse"):
+        (directory / "engine" / twin).mkdir(parents=True)
+        (directory / "engine" / twin / "manifest.json").write_text(twin)
+    if device:
+        (directory / "manifest.json").write_text("bundle")
+        with tarfile.open(directory / "device.tar", "w") as tar:
+            tar.add(directory / "manifest.json", "manifest.json")
+    return directory
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("measured", ["sparse", "something else"])
+def test_what_was_measured_is_what_was_made(tmp_path: Path, measured: str) -> None:
+    figures = results(
+        dense={"digest": sha256("dense")},
+        # The right digest in the wrong place proves nothing.
+        sparse={"digest": sha256(measured), "plans": {"unet": sha256("sparse")}},
+    )
+    file = tmp_path / "figures.json"
+    file.write_text(figures.model_dump_json())
+    arguments = (file, "--size", "2", "--run", made(tmp_path / "run", device=True))
+    if measured == "sparse":
+        run(*arguments)
+    else:
+        with pytest.raises(VerificationError, match="measured something else than what is in"):
+            run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("bundle", "device", "passes"),
+    [("bundle", True, True), ("another", True, False), ("bundle", False, False)],
+)
+def test_a_device_measured_the_bundle_that_was_made(
+    tmp_path: Path, bundle: str, device: bool, passes: bool
+) -> None:
+    file = tmp_path / "brought.json"
+    file.write_text(json.dumps(document() | {"bundle": sha256(bundle), "note": sha256("bundle")}))
+    arguments = (file, "--size", "2", "--run", made(tmp_path / "run", device=device))
+    if passes:
+        run(*arguments)
+    else:
+        with pytest.raises(VerificationError, match="measured something else than what is in"):
+            run(*arguments)
+
+
+def test_figures_of_a_device_that_give_no_ratio(tmp_path: Path) -> None:
+    found = document()
+    for answer in found["answers"]["dense"]:
+        answer["picture"] = [1e-308]
+    for answer in found["answers"]["sparse"]:
+        answer["picture"] = [1e308]
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match="not the complete results of a device"):
+        run(tmp_path / "results.json", "--size", "2")

@@ -43,12 +43,12 @@ def test_the_issue_asks_for_these_recipes() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\nprune: {}", "prune: .*at least 1 item"),
-        ("name: a\nprun: 1", "prun.*unknown key|prune.*required"),
-        (f"name: a\n{RULE % '{sparsty: 0.5}'}", "rules.0.*"),
-        (f"name: a\n{RULE % '{sparsity: 1.5}'}", "sparsity.*less than or equal to 1"),
-        (f"name: a\n{RULE % '{sparsity: -0.1}'}", "sparsity.*greater than or equal to 0"),
-        (f"name: a\n{RULE % '{sparsity: .nan}'}", "sparsity.*finite"),
+        ("name: a\nprune: {}", "prune: expected 1 or more entries, found an empty mapping$"),
+        ("name: a\nprun: 1", "prun: unknown key; correct its spelling or remove it$"),
+        (f"name: a\n{RULE % '{sparsty: 0.5}'}", r"prune\.unet\.rules\.0\.sparsty: unknown key"),
+        (f"name: a\n{RULE % '{sparsity: 1.5}'}", "sparsity: expected 1 or less, found 1.5$"),
+        (f"name: a\n{RULE % '{sparsity: -0.1}'}", "sparsity: expected 0 or more, found -0.1$"),
+        (f"name: a\n{RULE % '{sparsity: .nan}'}", "sparsity: expected a finite number, found nan$"),
         (f"name: a\n{RULE % '{}'}", "needs a 'sparsity'"),
         (f"name: a\n{RULE % '{pattern: 4:2}'}", "expected 'unstructured' or N:M"),
         (f"name: a\n{RULE % '{pattern: 2:4, sparsity: 0.3}'}", "means sparsity 0.5, found 0.3"),
@@ -56,13 +56,35 @@ def test_the_issue_asks_for_these_recipes() -> None:
         (f"name: a\n{RULE % '{keep: dense}'}", "needs a 'reason'"),
         (f"name: a\n{RULE % '{keep: dense, reason: x, sparsity: 0.5}'}", "takes no sparsity"),
         ("name: a\nprune: {unett: {rules: [{sparsity: 0.5}]}}", "found 'unett'"),
-        ("name: ../a\n" + RULE % GOOD, "name: "),
+        ("name: ../a\n" + RULE % GOOD, "name: expected a name of letters, .* found '../a'$"),
+        ("name: 7\n" + RULE % GOOD, "name: expected text, found 7; put it in quotes$"),
+        ("name: a", "prune: is missing; add it$"),
+        ("name: a\nseed: many\n" + RULE % GOOD, "seed: expected a whole number, found 'many'$"),
+        ("name: a\nbench: {rounds: 1}\n" + RULE % GOOD, "rounds: expected 2 or more, found 1$"),
+        (
+            "name: a\nbench: {budget: 0}\n" + RULE % GOOD,
+            "budget: expected more than 0, found 0$",
+        ),
+        ("name: a\nbench: {rounds: }\n" + RULE % GOOD, "expected a whole number, found nothing$"),
+        ("name: a\nexport: fp16\n" + RULE % GOOD, "export: expected a mapping, found 'fp16'$"),
+        (
+            "name: a\nexport: {dtype: fp8}\n" + RULE % GOOD,
+            "dtype: expected 'fp16' or 'fp32', found 'fp8'$",
+        ),
+        (
+            "name: a\nengine: {options: {sparse: {a: b}}}\n" + RULE % GOOD,
+            "engine.options.sparse: expected text, a number, true, .*, found a mapping$",
+        ),
+        ("name: a\nprune: {unet: {rules: 1}}", "rules: expected a list, found 1$"),
         ("name: a\nname: b\n" + RULE % GOOD, "'name' appears twice"),
         ("name: [", "line 2|line 1"),
         ("- a", "expected a mapping"),
         ("", "expected a mapping"),
-        ("name: a\nsampling: {height: 63}\n" + RULE % GOOD, "multiple of 8"),
-        ("a: &a [*a]", "recipe|expected|unknown|required"),
+        (
+            "name: a\nsampling: {height: 63}\n" + RULE % GOOD,
+            "height: expected a multiple of 8, found 63$",
+        ),
+        ("a: &a [*a]", "recipe.yaml: a: unknown key"),
     ],
 )
 def test_a_bad_recipe_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
@@ -113,3 +135,12 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
     loaded = load_recipe(str(path))
     assert loaded.export.upcast_attention == "off"
     assert loaded.engine.options == {"sparse": "on", "refit": True}
+
+
+def test_fp32_takes_no_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: r\nexport: {dtype: fp32, calibrate: 1}\nprune: {unet: {rules: [{pattern: '2:4'}]}}\n"
+    )
+    with pytest.raises(UsageError, match="export: fp32 has range enough"):
+        load_recipe(str(path))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sdcompress.commands import cli
 from sdcompress.errors import InputError
 from sdcompress.report import charts, picture_quality, write_report
 from sdcompress.report.page import Pair, amount, headline, percent, read_pairs, size, verdict
@@ -275,7 +276,8 @@ def test_a_flag_without_effect_is_a_result(tmp_path: Path) -> None:
     run = make_run(tmp_path, sample_results())
     _engines(run, _build_report(None, False, "a"), _build_report(None, False, "a"))
     page = write_report(run).read_text()
-    assert "no, the same bytes without it" in page
+    assert "<td>no</td>" in page
+    assert "the plan has the same bytes without it" in page
     assert "the sparse plan is byte for byte the dense one" in page
 
 
@@ -345,3 +347,79 @@ def test_the_median_drift_of_the_pictures(tmp_path: Path) -> None:
     middle = (found[(len(found) - 1) // 2] + found[len(found) // 2]) / 2
     assert picture_quality(run) == {"psnr": pytest.approx(middle)}
     assert picture_quality(tmp_path / "nothing") == {}
+
+
+def test_figures_go_before_the_log(tmp_path: Path) -> None:
+    """A device's results were brought back into a run that could not measure here."""
+    run = make_run(tmp_path, sample_results())
+    for kind in ("dense", "sparse"):
+        (run / "images" / kind / "prompts.json").unlink()
+    (run / "log.json").write_text('{"not_measured": "there is no <GPU>"}')
+    page = write_report(run).read_text()
+    assert "not measured here" not in page
+    assert "No difference in time for a picture" in page
+    assert "No pictures were made" in page
+    assert "(there is no &lt;GPU&gt;)" in page
+    assert "makes it" not in page
+
+
+def test_results_given_go_before_those_of_the_directory(tmp_path: Path) -> None:
+    make_run(tmp_path, sample_results())
+    (tmp_path / "given.json").write_text(sample_results(sparse=FASTER).model_dump_json())
+    arguments = ["--results", tmp_path / "given.json", "-o", tmp_path / "other.html"]
+    cli.main(["report", str(tmp_path), *map(str, arguments)], standalone_mode=False)
+    assert "30.0 % less time for a picture" in (tmp_path / "other.html").read_text()
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "recipe", "said"),
+    [
+        ("onnxruntime", "target: jetson-orin-nano", True),
+        ("torch_cuda", "target: jetson-orin-nano", True),
+        ("tensorrt", "target: jetson-orin-nano", False),
+        ("onnxruntime", "name: demo", False),
+        ("onnxruntime", "target: [", False),
+    ],
+)
+def test_figures_of_another_machine_than_the_target(
+    tmp_path: Path, backend: str, recipe: str, said: bool
+) -> None:
+    results = sample_results()
+    engine = results.engines["sparse"].model_copy(update={"backend": backend})
+    results = results.model_copy(update={"engines": {"dense": engine, "sparse": engine}})
+    run = make_run(tmp_path, results)
+    (run / "recipe.yaml").write_text(recipe)
+    expected = (
+        f"Measured with {backend} on a processor, which is not jetson-orin-nano: these figures "
+        "say nothing about that; the script in device.tar measures there."
+    )
+    assert (expected in write_report(run).read_text()) is said
+
+
+def test_zeros_with_a_pattern_are_not_called_unstructured() -> None:
+    plan = sample_plan()
+    layers = [layer.model_copy(update={"pattern": "2:4"}) for layer in plan.layers[:4]]
+    mixed = plan.model_copy(update={"layers": (*layers, *plan.layers[4:])})
+    text = " ".join(headline(sample_results(), None, (), mixed))
+    assert "unstructured" not in text  # though one layer of four is
+    assert "No kernel of this engine skips zeros." in text
+
+
+def test_no_difference_because_of_the_control_is_said(tmp_path: Path) -> None:
+    results = sample_results()
+    within = comparison(0.9, 0.85, 0.95).model_copy(update={"verdict": "no difference"})
+    picture = results.measures["picture"].model_copy(update={"sparse_to_dense": within})
+    results = results.model_copy(update={"measures": {**results.measures, "picture": picture}})
+    page = write_report(make_run(tmp_path, results)).read_text()
+    assert page.count("(within the control)") == 1
+    assert "95 % interval 0.850–0.950, within the control)" in page
+
+
+def test_results_without_figures_still_make_a_page(tmp_path: Path) -> None:
+    results = sample_results()
+    engine = results.engines["dense"].model_copy(update={"bytes": 0})
+    engines = {"dense": engine, "sparse": engine}
+    results = results.model_copy(update={"measures": {}, "engines": engines})
+    (tmp_path / "results.json").write_text(results.model_dump_json())
+    assert "Speed and memory" in write_report(tmp_path).read_text()

@@ -63,6 +63,73 @@ def test_another_document_is_refused(
     assert "\n" not in str(caught.value)
 
 
+RATIO = "measures.picture.sparse_to_dense"
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "expected"),
+    [
+        (f"{RATIO}.ratio", 0, "greater than 0"),
+        (f"{RATIO}.ratio", -1.0, "greater than 0"),
+        (f"{RATIO}.ratio", "1", "valid number"),
+        (f"{RATIO}.ratio", float("nan"), "finite number"),
+        (f"{RATIO}.high", float("inf"), "finite number"),
+        (f"{RATIO}.high", 0.5, "lies outside its interval"),
+        (f"{RATIO}.low", 1.5, "lies outside its interval"),
+        (f"{RATIO}.verdict", "lower", "1 lies inside the interval"),
+        ("measures.picture.dense.rounds", [], "at least 1 item"),
+        ("measures.picture.dense.rounds", [1.0, -1.0], "greater than 0"),
+        ("measures.picture.dense.p95", "12", "valid number"),
+        ("engines.sparse.bytes", -1, "greater than or equal to 0"),
+        ("engines.sparse.bytes", "5", "valid integer"),
+        ("engines.sparse.device_memory", {"peak": -1}, "greater than or equal to 0"),
+        ("engines.sparse.sparse_kernels.used", -1, "greater than or equal to 0"),
+        ("engines.sparse.peak_memory", {"resident": -1}, "greater than or equal to 0"),
+        ("quality", {"psnr": float("inf")}, "finite number"),
+        ("quality", {"psnr": "30"}, "valid number"),
+        ("control.trustworthy", "yes", "valid boolean"),
+    ],
+)
+def test_impossible_figures_are_refused(
+    tmp_path: Path, where: str, value: object, expected: str
+) -> None:
+    document = json.loads(sample_results().model_dump_json())
+    *parents, last = where.split(".")
+    place = document
+    for name in parents:
+        place = place[name]
+    place[last] = value
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=expected) as caught:
+        Results.read(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_both_engines_are_needed(tmp_path: Path) -> None:
+    document = json.loads(sample_results().model_dump_json())
+    del document["engines"]["dense"]
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="engines: dense missing"):
+        Results.read(tmp_path / "results.json")
+
+
+def test_noise_in_the_last_digit_is_no_contradiction(tmp_path: Path) -> None:
+    document = json.loads(sample_results().model_dump_json())
+    one = document["measures"]["picture"]["sparse_to_dense"]
+    one.update(ratio=0.9, low=0.9 + 1e-15, high=0.95, verdict="lower")
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    assert Results.read(tmp_path / "results.json").measures["picture"].sparse_to_dense.ratio == 0.9
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", bytes(range(256))])
+def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(InputError, match="schema version 1") as caught:
+        Results.read(tmp_path / "results.json")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
 def test_no_document_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.json").write_text(text)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from export.targets import SHIPPED, Target, load_target, names
-from export.targets.fit import sparse_candidates, warnings
+from export.targets.fit import check_backend, sparse_candidates, warnings
 from sdcompress.commands import cli
 from sdcompress.errors import UsageError
 from sdcompress.plan import LayerPlan, SparsityPlan
@@ -108,6 +108,19 @@ def test_a_device_of_ones_own(tmp_path: Path) -> None:
     assert target.capability == (7, 5)
 
 
+@pytest.mark.parametrize(("written", "meant"), [(8.9, "8.9"), (8, "8.0")])
+def test_a_capability_without_quotes(tmp_path: Path, written: float, meant: str) -> None:
+    path = write(tmp_path / "mine.yaml", compute_capability=written)
+    assert load_target(path).compute_capability == meant
+
+
+def test_a_copy_of_a_shipped_device_is_that_device(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.yaml"
+    copy.write_text((SHIPPED / "l4.yaml").read_text())
+    assert load_target(str(copy)) == load_target("l4")
+    assert load_target(str(SHIPPED / "l4.yaml")) == load_target("l4")
+
+
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(UsageError, match=r"no target 'jetson-nano': .* jetson-agx-orin, .*, rtx-"):
         load_target("jetson-nano")
@@ -124,14 +137,25 @@ def test_a_name_is_no_path(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     ("changes", "message"),
     [
         ({"colour": "green"}, "colour: unknown key"),
-        ({"memory_gb": ...}, "memory_gb: Field required"),
-        ({"compute_capability": 7.5}, "compute_capability: .* string, found 7.5"),
-        ({"memory_gb": float("nan")}, "memory_gb: .* finite"),
-        ({"workspace_mb": 0}, "workspace_mb: .* greater than 0"),
-        ({"resolution": 500}, "resolution: .* multiple of 8"),
-        ({"backends": []}, "backends: .* at least 1"),
-        ({"backends": ["onnxruntime"]}, r"backends\.0: .*'tensorrt' or 'tensorrt_rtx'"),
-        ({"shared_memory": "yes please"}, "shared_memory: .* boolean"),
+        ({"memory_gb": ...}, "memory_gb: is missing; add it$"),
+        ({"compute_capability": "7.55"}, "compute_capability: .* such as 8.7, found '7.55'$"),
+        ({"compute_capability": 7.55}, "compute_capability: .* such as 8.7, found '7.55'$"),
+        ({"compute_capability": True}, "compute_capability: expected text, found true$"),
+        ({"tensorrt_min": 10.3}, "tensorrt_min: expected text, found 10.3; put it in quotes$"),
+        ({"tensorrt_min": "ten"}, "tensorrt_min: expected a version such as 10.3, found 'ten'$"),
+        ({"name": "l4"}, "name: 'l4' is a device that comes with sdcompress, and this is another"),
+        ({"memory_gb": float("nan")}, "memory_gb: expected a finite number, found nan$"),
+        ({"workspace_mb": 0}, "workspace_mb: expected more than 0, found 0$"),
+        ({"resolution": 500}, "resolution: expected a multiple of 8, found 500$"),
+        ({"backends": []}, "backends: expected 1 or more entries, found an empty list$"),
+        (
+            {"backends": ["onnxruntime"]},
+            r"backends\.0: expected 'tensorrt' or 'tensorrt_rtx', found",
+        ),
+        (
+            {"shared_memory": "yes please"},
+            "shared_memory: expected true or false, found 'yes please'$",
+        ),
         ({"jetpack": "6.0"}, r"JetPack 6\.0 is too old.* upgrade the device to JetPack 6\.1"),
         ({"jetpack": "5.1.2"}, r"JetPack 5\.1\.2 is too old"),
         ({"tensorrt_min": "8.6"}, r"TensorRT 8\.6 is too old; upgrade to TensorRT 10\.3 or newer"),
@@ -230,8 +254,11 @@ def test_tensorrt_rtx_is_not_said_to_be_faster() -> None:
 
 
 def test_a_backend_that_does_not_build_for_the_device() -> None:
-    (found,) = warnings(load_target("jetson-thor"), asked_rtx(), plan("unstructured"), 512)
-    assert found.startswith("tensorrt_rtx does not build for jetson-thor, tensorrt does")
+    jetson = load_target("jetson-thor")
+    with pytest.raises(UsageError, match="tensorrt_rtx does not build for jetson-thor, tensorrt d"):
+        check_backend(jetson, "tensorrt_rtx")
+    for backend in ("onnxruntime", "torch_cuda", "tensorrt"):
+        check_backend(jetson, backend)
 
 
 def test_pictures_larger_than_suggested() -> None:

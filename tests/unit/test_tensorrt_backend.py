@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from export.backends import load_backend, open_component
 from export.backends import tensorrt as backend
@@ -28,7 +30,8 @@ from export.device import engine as device_engine
 from export.specs import Sizes
 from export.targets import Target, load_target
 from sdcompress.build_report import BuildReport, Component, Runtime
-from sdcompress.bundle import Bundle
+from sdcompress.bundle import Bundle, seal
+from sdcompress.commands import cli
 from sdcompress.errors import InputError, UsageError, VerificationError
 from tests.fake_cuda import fake_cuda
 from tests.fake_tensorrt import MAGIC, install
@@ -183,12 +186,15 @@ def test_profiles_must_cover_what_is_asked_for(build: Build) -> None:
         ("1x512x512", "expected MIN,USUAL,MAX"),
         ("1x512,1x512,1x512", "expected MIN,USUAL,MAX"),
         ("2x512x512,1x512x512,4x512x512", "expected sizes that grow"),
+        ("0x64x64,1x64x64,1x64x64", "expected 1 or more of images and pixels, found '0x64x64,"),
+        ("1x0x64,1x64x64,1x64x64", "expected 1 or more of images and pixels"),
+        ("1x64x0,1x64x64,1x64x64", "expected 1 or more of images and pixels"),
     ],
 )
 def test_profiles_are_refused_with_their_form(text: str, why: str, orin: None) -> None:
     with pytest.raises(ValueError, match=why):
         parse_profile(text)
-    with pytest.raises(UsageError, match=f"tensorrt option 'profiles': Value error, {why}"):
+    with pytest.raises(UsageError, match=f"tensorrt option 'profiles': {why}"):
         check({"profiles": [text]})
 
 
@@ -243,7 +249,10 @@ def test_progress_is_told_by_component(build: Build) -> None:
     [
         ({"nonsense": 1}, "tensorrt option 'nonsense': .*there are: sparse, profiles"),
         ({"strip": True}, "a stripped plan .* set sparse: off, or strip: false"),
-        ({"optimization_level": 6}, "tensorrt option 'optimization_level'"),
+        ({"optimization_level": 6}, "option 'optimization_level': expected 5 or less, found 6$"),
+        ({"optimization_level": "x"}, "'optimization_level': expected a whole number, found 'x'$"),
+        ({"sparse": "of"}, "'sparse': expected 'auto', 'on' or 'off', found 'of'$"),
+        ({"compute_capability": 8}, "expected a number such as 8.7, found '8'$"),
         ({"compute_capability": "8.9"}, "asked is compute capability 8.9, and the Orin here has"),
         ({"weight_budget_mb": 100}, "weight_budget_mb needs weight_streaming: true"),
     ],
@@ -261,6 +270,53 @@ def test_targets_that_cannot_be(orin: Callable[..., None], jetson: Target) -> No
     orin("11.4.0")
     with pytest.raises(UsageError, match="TensorRT 11.4.0.106 does not serve Jetson Orin Nano"):
         check({}, jetson)
+
+
+def test_a_jetson_is_built_for_on_the_jetson(
+    orin: Callable[..., None], monkeypatch: pytest.MonkeyPatch, jetson: Target
+) -> None:
+    """On a PC no advice helps that would make the PC build; on a Jetson it does."""
+    way = (
+        "; build on the device, with what `sdcompress device DENSE SPARSE --target "
+        "jetson-orin-nano -o device.tar` packs for it"
+    )
+
+    def refused(target: Target | None = jetson) -> str:
+        with pytest.raises(UsageError) as error:
+            check({}, target)
+        return str(error.value)
+
+    monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
+    orin(gpu=Gpu("RTX 4090", "8.9"), sm="8.9")
+    assert refused().endswith(way)
+    orin(gpu=NO_GPU)
+    assert refused() == f"TensorRT builds on the GPU it builds for: {NO_GPU}{way}"
+    assert "--target TARGET -o" in refused(jetson.model_copy(update={"name": "mine"}))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert refused().startswith("the Python module tensorrt ")
+    assert refused().endswith(way)
+    assert "rtx" not in refused()
+    assert "pip install 'sdcompress[rtx]'" in refused(load_target("rtx-4090"))
+    monkeypatch.setattr(backend.platform, "machine", lambda: "aarch64")
+    assert "sudo apt install nvidia-jetpack" in refused()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "profiles", "why"),
+    [
+        (Sizes(height=30), [], "height 30 does not fit this model; give a multiple of 4"),
+        (Sizes(height=32), ["1x16x16,1x16x16,2x16x16"], "none of the profiles"),
+        (Sizes(), ["1x10x16,1x16x16,2x16x16"], "profile 1x10x16,1x16x16,2x16x16: height 10 does"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_before_building(
+    build: Build, monkeypatch: pytest.MonkeyPatch, sizes: Sizes, profiles: list[str], why: str
+) -> None:
+    started: list[builder.Request] = []
+    monkeypatch.setattr(builder, "run_in_process", lambda request, *more: started.append(request))
+    with pytest.raises(UsageError, match=why):
+        build(sizes=sizes, options={"profiles": profiles})
+    assert started == []
 
 
 def test_no_sparse_tensor_cores(orin: Callable[..., None], build: Build) -> None:
@@ -323,7 +379,7 @@ def test_height_and_width_are_halved_only_if_allowed(
     orin: Callable[..., None], build: Build
 ) -> None:
     orin(needs={"pixels": 4}, out_of_memory="fail")
-    with pytest.raises(InputError, match="or set allow_smaller: true"):
+    with pytest.raises(InputError, match="add --option allow_smaller=true to have"):
         build()
     engine = build(options={"allow_smaller": True})
     assert shapes(engine, "unet")[0] == [2, 4, 4, 4]
@@ -332,6 +388,35 @@ def test_height_and_width_are_halved_only_if_allowed(
     report = BuildReport.read(engine.path)
     assert report is not None
     assert "height and width were halved" in report.components["vae_decoder"].warnings[0]
+
+
+def test_verify_compares_with_the_parent_what_can_be_compared(
+    build: Build, source: Bundle, tmp_path: Path
+) -> None:
+    from export.verify import verify_bundle
+
+    engine = build()
+
+    def compared(parent: Bundle, of: Bundle = engine) -> dict[str, str]:
+        report = verify_bundle(of.path, against=parent.path)
+        assert [check.name for check in report.checks] == ["files", "lineage", "against"]
+        return {c.name: c.detail for c in report.checks if c.passed == (of is engine)}
+
+    assert compared(source) == {
+        "files": "14 files have the digest recorded",
+        "lineage": "the manifest names this parent",
+        "against": "7 files have the digest they have in the parent; weights inside a plan cannot "
+        "be read back and were not compared",
+    }
+    other = tiny_onnx(tmp_path / "other", weight=3.0)
+    assert "lineage" not in compared(other)
+    copy = Bundle(shutil.copytree(engine.path, tmp_path / "copy"), engine.manifest, "")
+    (copy.path / "unet" / "config.json").write_text("{}")
+    seal(copy.path, engine.manifest)
+    assert compared(source, copy) == {"against": "unet/config.json"}
+    data = source.path / "unet" / "model.onnx_data"
+    data.write_bytes(data.read_bytes()[::-1])
+    assert "against" not in compared(source)
 
 
 # Running.
@@ -401,7 +486,8 @@ def test_it_says_where_an_engine_runs(build: Build, orin: Callable[..., None]) -
         "the engine was built by TensorRT 10.3.0 and 11.4.0.106 is installed here; build it again"
     )
     orin(gpu=NO_GPU)
-    assert why(details) == NO_GPU
+    way = "; measure it on the card, or with the device bundle of `sdcompress device`"
+    assert why(details) == NO_GPU + way
     orin()
     other = {**details, "runtime": {**details["runtime"], "os": "Windows"}}
     assert (why(other) or "").startswith("the engine was built for Windows and this is Linux;")
@@ -476,6 +562,34 @@ def test_refitting_refuses_what_was_not_built_for_it(build: Build, tmp_path: Pat
     other = tiny_onnx(tmp_path / "other", weight=3.0)
     with pytest.raises(UsageError, match="build it with refit=true"):
         refit(build(), other, tmp_path / "refitted")
+
+
+def test_refitting_is_for_plans(build: Build, tmp_path: Path) -> None:
+    engine = build()
+    other = {**engine.manifest.details, "backend": "onnxruntime", "options": {"provider": "cpu"}}
+    plain = Bundle(
+        engine.path, engine.manifest.model_copy(update={"details": other}), engine.digest
+    )
+    with pytest.raises(UsageError, match="is an engine of onnxruntime, and only those of tensorrt"):
+        refit(plain, tiny_onnx(tmp_path / "other"), tmp_path / "refitted")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--backend", "tensorrt"],
+        ["--target", "l4"],
+        ["--option", "refit=true"],
+        ["--height", "16"],
+        ["--images", "2"],
+        ["--no-guidance"],
+    ],
+)
+def test_refitting_takes_nothing_else(more: list[str], tmp_path: Path) -> None:
+    command = ["build", "onnx", "-o", str(tmp_path / "out"), "--refit", "engine", *more]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 2
+    assert "--refit takes the engine's own backend, target, sizes and options" in done.output
 
 
 def test_a_stripped_engine_takes_back_its_own_weights_only(

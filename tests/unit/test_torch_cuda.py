@@ -101,8 +101,8 @@ def test_the_shapes_are_those_torch_states() -> None:
     ("options", "expected"),
     [
         ({"sparce": "on"}, r"option 'sparce': .* there are: sparse, cuda_graph, channels_last"),
-        ({"sparse": "maybe"}, "option 'sparse'"),
-        ({"cuda_graph": "perhaps"}, "option 'cuda_graph'"),
+        ({"sparse": "maybe"}, "option 'sparse': expected 'auto', 'on' or 'off', found 'maybe'$"),
+        ({"cuda_graph": "perhaps"}, "'cuda_graph': expected true or false, found 'perhaps'$"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], expected: str) -> None:
