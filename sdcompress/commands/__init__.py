@@ -33,7 +33,23 @@ class Commands(click.Group):
 
 
 # The order of the work, which is the order a newcomer reads them in.
-_ORDER = ["run", "plan", "prune", "export", "build", "verify", "bench", "device", "gate", "report"]
+_ORDER = [
+    "run",
+    "plan",
+    "prune",
+    "export",
+    "build",
+    "verify",
+    "bench",
+    "device",
+    "gate",
+    "report",
+    "generate",
+    "pack",
+    "unpack",
+    "list",
+    "doctor",
+]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
