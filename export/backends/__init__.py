@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sdcompress import registry
-from sdcompress.errors import UsageError
+from sdcompress.errors import InputError, UsageError
 from sdcompress.recipe import describe_first
 
 if TYPE_CHECKING:
@@ -168,6 +168,51 @@ def read_options(backend: str, model: type[Model], options: Mapping[str, Any] | 
     except ValidationError as error:
         name, _, why = describe_first(error).partition(": ")
         raise UsageError(f"{backend} option {name!r}: {why}") from error
+
+
+def exported_components(source: Bundle) -> list[str]:
+    """The components of an ONNX bundle, after checking its files against the manifest.
+
+    Raises:
+        VerificationError: a file is not what the manifest says.
+        InputError: there is no component.
+    """
+    source.check_files()
+    components = sorted(p.parent.name for p in source.path.glob("*/model.onnx"))
+    if not components:
+        raise InputError(f"{source.path}: expected <component>/model.onnx, found none")
+    return components
+
+
+def require_component(engine: Path, component: str, details: Mapping[str, Any]) -> None:
+    """Raises InputError where an engine with these manifest details lacks the component."""
+    if component not in details["components"]:
+        raise InputError(
+            f"{engine}: has no component {component!r}, only {', '.join(details['components'])}"
+        )
+
+
+def seal_onnx_files(
+    source: Bundle,
+    out: Path,
+    details: Mapping[str, Any],
+    tools: Mapping[str, str],
+    *,
+    replace: bool,
+) -> Bundle:
+    """An engine bundle of the ONNX bundle's own files: `details` and `tools` are added to its."""
+    from sdcompress.bundle import Bundle, link_files, seal, staging
+
+    manifest = source.manifest
+    update = {
+        "stage": "engine",
+        "parent": source.digest,
+        "details": {**manifest.details, **details},
+        "tools": {**manifest.tools, **tools},
+    }
+    with staging(out, replace=replace) as work:
+        seal(work, manifest.model_copy(update=update), linked=link_files(source, work))
+    return Bundle.open(out)
 
 
 def open_component(engine: Path, component: str) -> Runner:

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from export.backends import Runner, Tensor, read_options
-from sdcompress.bundle import Bundle, link_files, seal, staging
+from export.backends import (
+    Runner,
+    Tensor,
+    exported_components,
+    read_options,
+    require_component,
+    seal_onnx_files,
+)
+from sdcompress.bundle import Bundle
 from sdcompress.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -98,41 +105,21 @@ class OnnxRuntimeBackend:
             raise UsageError(why)
         import onnxruntime
 
-        source.check_files()
-        manifest = source.manifest
-        components = sorted(p.parent.name for p in source.path.glob(f"*/{MODEL}"))
-        if not components:
-            raise InputError(f"{source.path}: expected <component>/{MODEL}, found none")
+        components = exported_components(source)
         models = [source.path / c / MODEL for c in components]
         provider = _provider_that_loads(models, chosen)
         details = {
-            **manifest.details,
             "backend": self.name,
             "providers": dict.fromkeys(components, provider),
             "options": chosen.model_dump(),
             "components": components,
             "sparse_kernels": _sparse_kernels(provider, chosen, source),
         }
-        with staging(out, replace=replace) as work:
-            seal(
-                work,
-                manifest.model_copy(
-                    update={
-                        "stage": "engine",
-                        "parent": source.digest,
-                        "details": details,
-                        "tools": {**manifest.tools, "onnxruntime": onnxruntime.__version__},
-                    }
-                ),
-                linked=link_files(source, work),
-            )
-        return Bundle.open(out)
+        tools = {"onnxruntime": onnxruntime.__version__}
+        return seal_onnx_files(source, out, details, tools, replace=replace)
 
     def open(self, engine: Path, component: str, details: Mapping[str, Any]) -> Runner:
-        if component not in details["components"]:
-            raise InputError(
-                f"{engine}: has no component {component!r}, only {', '.join(details['components'])}"
-            )
+        require_component(engine, component, details)
         provider = details["providers"][component]
         return OnnxRuntimeRunner(
             engine / component / MODEL, Options.model_validate(details["options"]), provider

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from export.backends import Runner, Tensor, read_options
+from export.backends import Runner, Tensor, exported_components, read_options, require_component
 from export.device import builder
 from export.device.errors import DeviceError
 from export.device.process import command_of
@@ -218,10 +218,7 @@ class TensorRTBackend:
                 f"{source.path}: its graphs have opset {opset}, and {target.title} reads up to "
                 f"{target.opset_max}; export it again with an older exporter or upgrade the device"
             )
-        source.check_files()
-        components = sorted(p.parent.name for p in source.path.glob(f"*/{MODEL}"))
-        if not components:
-            raise InputError(f"{source.path}: expected <component>/{MODEL}, found none")
+        components = exported_components(source)
         sizes = sizes or Sizes()
         for component in components:
             _shapes(source, component, sizes, chosen)  # whether all fit, before the first is built
@@ -253,10 +250,7 @@ class TensorRTBackend:
         return Bundle.open(out)
 
     def open(self, engine: Path, component: str, details: Mapping[str, Any]) -> Runner:
-        if component not in details["components"]:
-            raise InputError(
-                f"{engine}: has no component {component!r}, only {', '.join(details['components'])}"
-            )
+        require_component(engine, component, details)
         return TensorRTRunner(
             self.name,
             engine / component / PLAN,

@@ -14,9 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from export.backends import Runner, Tensor, read_options
+from export.backends import (
+    Runner,
+    Tensor,
+    exported_components,
+    read_options,
+    require_component,
+    seal_onnx_files,
+)
 from export.specs import MODEL_OF, Sizes, canonical_key, component_spec
-from sdcompress.bundle import Bundle, link_files, seal, staging
+from sdcompress.bundle import Bundle
 from sdcompress.errors import InputError, SdcompressError, UsageError
 from sdcompress.patterns import Pattern, violations
 from sdcompress.plan import LayerPlan
@@ -101,12 +108,8 @@ class TorchCudaBackend:
         _no_target(target)
         import torch
 
-        source.check_files()
-        manifest = source.manifest
-        components = sorted(p.parent.name for p in source.path.glob(f"*/{MODEL}"))
-        if not components:
-            raise InputError(f"{source.path}: expected <component>/{MODEL}, found none")
-        for component, kept in manifest.details.get("kept_fp32", {}).items():
+        components = exported_components(source)
+        for component, kept in source.manifest.details.get("kept_fp32", {}).items():
             raise UsageError(
                 f"{component}: {kept[0]} is to be computed in fp32, which is written in the graph "
                 "only and torch_cuda runs the module; use another backend, or export as fp32"
@@ -115,7 +118,6 @@ class TorchCudaBackend:
         sizes = sizes or Sizes()
         shares = {c: mac_share(source.path, c, keys, sizes) for c, keys in layers.items() if keys}
         details = {
-            **manifest.details,
             "backend": self.name,
             "providers": dict.fromkeys(components, "torch CUDA"),
             "options": chosen.model_dump(),
@@ -124,20 +126,8 @@ class TorchCudaBackend:
             "sparse_mac_share": shares,
             "sparse_kernels": _sparse_kernels(source, layers, shares, sizes, chosen),
         }
-        with staging(out, replace=replace) as work:
-            seal(
-                work,
-                manifest.model_copy(
-                    update={
-                        "stage": "engine",
-                        "parent": source.digest,
-                        "details": details,
-                        "tools": {**manifest.tools, "torch": torch.__version__},
-                    }
-                ),
-                linked=link_files(source, work),
-            )
-        return Bundle.open(out)
+        tools = {"torch": torch.__version__}
+        return seal_onnx_files(source, out, details, tools, replace=replace)
 
     def open(self, engine: Path, component: str, details: Mapping[str, Any]) -> Runner:
         # Imported before the runner loads, so that the time to load is the component's own.
@@ -146,10 +136,7 @@ class TorchCudaBackend:
 
         import export.torch_module  # noqa: F401
 
-        if component not in details["components"]:
-            raise InputError(
-                f"{engine}: has no component {component!r}, only {', '.join(details['components'])}"
-            )
+        require_component(engine, component, details)
         return TorchRunner(
             engine,
             component,
