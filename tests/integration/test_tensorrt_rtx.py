@@ -130,7 +130,8 @@ def test_the_log_is_verbose_and_names_no_folder(
 def test_without_a_gpu_an_engine_is_built_and_not_run(engines: dict[str, Bundle]) -> None:
     assert RTX.available() is None
     why = RTX.why_not_run(engines["dense"].manifest.details)
-    assert why == local_gpu()
+    way = "measure it on the card, or with the device bundle of `sdcompress device`"
+    assert why == f"{local_gpu()}; {way}"
 
 
 @pytest.fixture
