@@ -129,7 +129,7 @@ def generate(
     if why := load_backend(str(details["backend"])).why_not_run(details):
         raise UsageError(f"{engine}: cannot run here: {why}")
     negative, *positive = tokenize(engine, [negative_prompt, *prompts])
-    painter = _Painter(engine, steps, guidance)
+    painter = Painter(engine, steps, guidance)
     with Components(lambda component: open_component(engine, component), residency) as components:
         with components.use("text_encoder") as encoder:
             contexts = [painter.encode(encoder, negative, tokens) for tokens in positive]
@@ -165,7 +165,7 @@ def tokenize(engine: Path, prompts: Sequence[str]) -> NDArray[np.int64]:
     return ids
 
 
-class _Painter:
+class Painter:
     """The three steps to a single picture; models and settings stay the same between pictures."""
 
     def __init__(self, engine: Path, steps: int, guidance: float) -> None:

@@ -214,7 +214,7 @@ def record_ranges(
         UsageError: a size or a request that makes no picture.
         VerificationError: the model gives NaN or infinity in fp32 too, or its outputs leave fp16.
     """
-    from export.pipeline import Geometry, _Painter, tokenize
+    from export.pipeline import Geometry, Painter, tokenize
     from sdcompress.evaluation.images import check_request
 
     check_request(prompts, [seed + i for i in range(len(prompts))], steps)
@@ -223,7 +223,7 @@ def record_ranges(
         onnx = export_bundle(source, Path(folder) / "onnx", dtype="fp16", upcast_attention="off")
         graphs = {graph.component: graph for graph in open_graphs(onnx)}
         encoder, unet, decoder = watched = [Watched(graph) for graph in graphs.values()]
-        painter = _Painter(onnx.path, steps, guidance)
+        painter = Painter(onnx.path, steps, guidance)
         negative, *positive = tokenize(onnx.path, ["", *prompts])
         with encoder:
             contexts = [painter.encode(encoder, negative, tokens) for tokens in positive]
