@@ -75,6 +75,66 @@ class ComponentRecipe(_Part):
         return _one_of(value, "allocation")
 
 
+class Calibration(_Part):
+    """The denoising trajectories that statistics are recorded on, where a criterion needs any.
+
+    `prompts` empty: the first `count` of those that come with the model (see `models.prompts`).
+    Picture i uses seed `seed + i`; steps and guidance left out are the model's own.
+    """
+
+    prompts: tuple[str, ...] = ()
+    count: int = Field(default=128, ge=1)
+    seed: int = 0
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
+class Tune(_Part):
+    """Tuning of what stays, after pruning.
+
+    `steps` are optimiser steps over `batch` samples each, in `accumulate` parts. `components`
+    empty: those that are pruned. `prompts` empty: those that come with the model. `images`: the
+    folder of pictures and captions that the diffusion loss learns from. Paths are taken from where
+    the command is run.
+    """
+
+    method: str = "distill"
+    components: tuple[str, ...] = ()
+    steps: int = Field(default=1000, ge=1)
+    batch: int = Field(default=16, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    lora_rank: int | None = Field(default=None, ge=1)
+    features: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    decay: float = Field(default=2e-4, ge=0, allow_inf_nan=False)
+    cycles: int = Field(default=50, ge=1)
+    prompts: tuple[str, ...] = ()
+    images: str | None = None
+    broken_images: Literal["refuse", "skip"] = "refuse"
+    sampling_steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    seed: int = 0
+    checkpoint_every: int = Field(default=100, ge=1)
+    log: Literal["csv", "tensorboard"] = "csv"
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _one_of(value, "tuning")
+
+    @field_validator("components")
+    @classmethod
+    def _there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _check_components(value)
+
+
 class Export(_Part):
     """How the graph is written.
 
@@ -156,6 +216,8 @@ class Recipe(_Part):
     target: str | None = None
     seed: int = 0
     prune: dict[str, ComponentRecipe] = Field(min_length=1)
+    calibration: Calibration = Calibration()
+    tune: Tune | None = None
     export: Export = Export()
     engine: Engine = Engine()
     sampling: Sampling = Sampling()
@@ -166,10 +228,7 @@ class Recipe(_Part):
     @field_validator("prune")
     @classmethod
     def _components(cls, value: dict[str, ComponentRecipe]) -> dict[str, ComponentRecipe]:
-        if unknown := set(value) - set(COMPONENTS):
-            raise ValueError(
-                f"expected components among {', '.join(COMPONENTS)}, found {sorted(unknown)[0]!r}"
-            )
+        _check_components(tuple(value))
         return value
 
 
@@ -323,6 +382,14 @@ def _in_words(value: object) -> str:
 def _one_of(value: str, folder: str) -> str:
     if value not in (known := names(folder)):
         raise ValueError(f"expected one of {', '.join(known)}, found {value!r}")
+    return value
+
+
+def _check_components(value: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := set(value) - set(COMPONENTS):
+        raise ValueError(
+            f"expected components among {', '.join(COMPONENTS)}, found {sorted(unknown)[0]!r}"
+        )
     return value
 
 

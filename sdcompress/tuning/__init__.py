@@ -1,0 +1,1 @@
+"""Tuning what stays after pruning. One file a method; the file name is its name in recipes."""
