@@ -1,7 +1,7 @@
 """All stages in a row, for the pruned model and its dense twin, resuming what is already done.
 
-    model ─┬─────────── export ─ build ─┐
-           └─ prune ─── export ─ build ─┴─ verify, pictures, bench ─ page
+    model ─┬────────────────── export ─ build ─┐
+           └─ prune ─ (tune) ─ export ─ build ─┴─ verify, pictures, bench ─ page
 
 An engine that cannot run here is built all the same; pictures and figures then wait for the device,
 which gets a bundle of its own.
@@ -55,15 +55,18 @@ if TYPE_CHECKING:
 
 STATE = "state.json"
 RESULTS = "results.json"
+QUALITY = "quality.json"
 PAGE = "report.html"
 DEVICE = "device.tar"
 TWINS = ("dense", "sparse")
 VERIFY = {"dense": "verify-dense.json", "sparse": "verify.json"}
-# In the order of the work. "pruned" belongs to the sparse twin; BOTH need both. Ranges are recorded
-# only where the recipe calibrates, and a device bundle is made only for a target.
+# In the order of the work. "pruned" and "tuned" belong to the sparse twin; BOTH need both. There is
+# tuning only where the recipe asks for it, ranges are recorded only where its export calibrates,
+# and a device bundle is made only for a target.
 KINDS = ("ranges", "onnx", "verify", "engine", "images")
-BOTH = ("device", "bench")
-STAGES = ("pruned", *(f"{kind}/{twin}" for kind in KINDS for twin in TWINS), *BOTH)
+BOTH = ("device", "bench", "quality")
+WEIGHTS = ("pruned", "tuned")
+STAGES = (*WEIGHTS, *(f"{kind}/{twin}" for kind in KINDS for twin in TWINS), *BOTH)
 
 Make = Callable[[Bundle, Path], Bundle]
 Announce = Callable[[str, bool], None]  # a stage, and whether it was done before
@@ -114,6 +117,7 @@ class Workspace:
             "verify": VERIFY.get(twin, ""),
             "device": DEVICE,
             "bench": RESULTS,
+            "quality": QUALITY,
         }
         return self.path / special.get(kind, stage)
 
@@ -159,6 +163,8 @@ class Workspace:
         # and a page with yesterday's figures beside today's recipe would lie.
         (self.path / PAGE).unlink(missing_ok=True)
         for later in STAGES[STAGES.index(stage) + 1 :]:
+            if later == "quality" and stage not in WEIGHTS:
+                continue  # it is the weights' own, whatever engines are made of them
             if later in BOTH or _twin(later) == _twin(stage):
                 self.drop(later)
 
@@ -217,7 +223,11 @@ def run(
     with Workspace.open(out, fresh=fresh) as place:
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         write_text(out / "recipe.yaml", text)
-        onnx = _onnx(place, source, recipe, job.sampling, announce)
+        weights = {
+            "dense": source,
+            "sparse": _sparse_weights(place, source, recipe, announce, tell),
+        }
+        onnx = _onnx(place, weights, recipe, job.sampling, announce)
         engines = _engines(place, recipe, job, onnx, announce, tell)
         log: dict[str, Any] = {"seconds": place.seconds, "command": command}
         if why := job.backend.why_not_run(engines["dense"].manifest.details):
@@ -230,6 +240,7 @@ def run(
         _device(place, recipe, job, onnx, needed=why is not None, announce=announce)
         if not why:
             _bench(place, recipe, engines, job.sampling, command, announce)
+        _quality(place, recipe, weights, job.sampling, announce, tell)
         write_json(out / "log.json", log)
         file = place.output("bench")
         page = write_report(out, read_results(file) if is_device_results(file) else None)
@@ -279,28 +290,47 @@ class _Job:
         return Sizes(1, asked["guidance"] > 1, asked["height"], asked["width"])
 
 
-def _onnx(
-    place: Workspace,
-    source: Bundle,
-    recipe: Recipe,
-    sampling: dict[str, Any],
-    announce: Announce,
-) -> dict[str, Bundle]:
-    """Prune, export and verify: the ONNX bundles of both twins."""
-    from export.to_onnx import export_bundle
-    from sdcompress.prune import DECIDES, prune
-
-    asked = recipe.export
+def _sparse_weights(
+    place: Workspace, source: Bundle, recipe: Recipe, announce: Announce, tell: Tell
+) -> Bundle:
+    """Prune, and tune if the recipe says so."""
+    from sdcompress.prune import decisive, prune
 
     pruned = _bundle(
         place,
         "pruned",
-        recipe.model_dump(mode="json", include=DECIDES),
+        decisive(recipe),
         lambda parent, path: prune(parent, recipe, path, replace=True),
         source,
         announce,
     )
-    weights = {"dense": source, "sparse": pruned}
+    if not (settings := recipe.tune):
+        place.drop("tuned")
+        return pruned
+
+    from sdcompress.tuning import tune
+
+    return _bundle(
+        place,
+        "tuned",
+        settings.model_dump(mode="json"),
+        lambda parent, path: tune(parent, settings, path, dense=source, replace=True),
+        pruned,
+        announce,
+    )
+
+
+def _onnx(
+    place: Workspace,
+    weights: Mapping[str, Bundle],
+    recipe: Recipe,
+    sampling: dict[str, Any],
+    announce: Announce,
+) -> dict[str, Bundle]:
+    """Export and verify: the ONNX bundles of both twins."""
+    from export.to_onnx import export_bundle
+
+    asked = recipe.export
     ranges = _ranges(place, recipe, weights, sampling, announce)
 
     def export(parent: Bundle, path: Path) -> Bundle:
@@ -525,6 +555,47 @@ def _bench(
 
     where = {"settings": settings, "runtime": runtime_versions(), "machine": machine()}
     announce("bench", place.files("bench", _key("bench", where, *engines.values()), make))
+
+
+def _quality(
+    place: Workspace,
+    recipe: Recipe,
+    weights: Mapping[str, Bundle],
+    sampling: dict[str, Any],
+    announce: Announce,
+    tell: Tell,
+) -> None:
+    """What the metrics say of many pictures, made from the weights in fp32."""
+    asked = recipe.quality
+    if asked is None:
+        place.drop("quality")
+        return
+    from sdcompress.evaluation.quality import default_settings, evaluate
+
+    chosen = asked.model_dump(exclude={"samples", "prompts", "metrics"})
+    settings = default_settings(
+        weights["dense"],
+        asked.samples,
+        prompts=asked.prompts or None,
+        metrics=asked.metrics or None,
+        **chosen,
+        **sampling,
+    )
+
+    def make(target: Path) -> None:
+        work = place.path / ".quality"  # pictures that are done outlive a run that is stopped
+        quality = evaluate(
+            weights["sparse"],
+            weights["dense"],
+            settings,
+            work=work,
+            progress=lambda done, of: tell(f"quality: {done} of {of} pictures"),
+        )
+        write_text(target, quality.model_dump_json(indent=1) + "\n")
+        shutil.rmtree(work, ignore_errors=True)
+
+    key = _key("quality", [settings.model_dump(mode="json"), runtime_versions()], *weights.values())
+    announce("quality", place.files("quality", key, make))
 
 
 def sampling(recipe: Recipe, source: Bundle) -> dict[str, Any]:

@@ -241,7 +241,9 @@ def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]
             wrong.append(weight.label)
     good = {
         "pruned": "every weight kept has the parent's bits",
-        "tuned": "every zero of the parent is still zero",
+        "tuned": "every tensor has the parent's shape; this method moves zeros"
+        if _moves_zeros(bundle)
+        else "every zero of the parent is still zero",
     }.get(bundle.manifest.stage, "every weight has the parent's bits after the cast")
     return [lineage, _result("against", wrong, good)]
 
@@ -259,6 +261,11 @@ def _carried(bundle: Bundle, parent: Bundle) -> Check:
     return _result("against", wrong, good)
 
 
+def _moves_zeros(bundle: Bundle) -> bool:
+    """Whether it was tuned in a way that chooses anew what is zero."""
+    return bundle.manifest.details.get("masks") == "moved"
+
+
 def _descends(bundle: Bundle, value: Tensor, before: Tensor) -> bool:
     before = before.to(value.dtype)
     if value.shape != before.shape:
@@ -266,7 +273,7 @@ def _descends(bundle: Bundle, value: Tensor, before: Tensor) -> bool:
     if bundle.manifest.stage == "pruned":
         before = torch.where(value == 0, value, before)
     elif bundle.manifest.stage == "tuned":
-        return bool((value[before == 0] == 0).all())
+        return _moves_zeros(bundle) or bool((value[before == 0] == 0).all())
     return torch.equal(_bits(value), _bits(before))
 
 

@@ -103,11 +103,27 @@ def keep_mask(scores: Tensor, pattern: Pattern, zeros: int, compare: Compare) ->
 
 
 def _keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
-    # [.., C, ..] -> [.., C/M, M]: groups of M consecutive input channels, M last.
-    moved = scores.movedim(REDUCTION_AXIS, -1)
-    groups = moved.reshape(*moved.shape[:-1], -1, m)
-    keep = _drop_lowest(groups, m - n)
-    return keep.reshape(moved.shape).movedim(-1, REDUCTION_AXIS)
+    pattern = Pattern(n, m)
+    keep = _drop_lowest(grouped(scores, pattern), m - n)
+    return ungrouped(keep, scores.shape, pattern)
+
+
+def grouped(weight: Tensor, pattern: Pattern) -> Tensor:
+    """[K, groups, members]: each output row cut into what a pattern counts zeros in.
+
+    That is the groups of M consecutive input channels, or for unstructured sparsity the whole row.
+    """
+    if pattern.m is None:
+        return weight.reshape(weight.shape[0], 1, -1)
+    return weight.movedim(REDUCTION_AXIS, -1).reshape(weight.shape[0], -1, pattern.m)
+
+
+def ungrouped(groups: Tensor, shape: tuple[int, ...], pattern: Pattern) -> Tensor:
+    """What `grouped` gave, in the weight's own shape again."""
+    if pattern.m is None:
+        return groups.reshape(shape)
+    rows, channels, *kernel = shape
+    return groups.reshape(rows, *kernel, channels).movedim(-1, REDUCTION_AXIS)
 
 
 def _drop_lowest(scores: Tensor, zeros: int) -> Tensor:
@@ -149,7 +165,7 @@ class Threshold:
 
         counts = torch.zeros(65536, dtype=torch.int64)
         for s in scores:
-            counts += torch.bincount(digit(_ordered_bits(s)), minlength=65536)
+            counts += torch.bincount(digit(_ordered_bits(s)), minlength=65536).cpu()
         total = counts.cumsum(0)
         index = int(torch.searchsorted(total, zeros))
         return index, int(total[index] - counts[index])
@@ -183,6 +199,4 @@ def violations(weight: Tensor, pattern: Pattern) -> int:
     """How many groups of M along the reduction axis hold more than N non-zero weights."""
     if pattern.n is None or pattern.m is None:
         return 0
-    moved = (weight != 0).movedim(REDUCTION_AXIS, -1)
-    kept = moved.reshape(*moved.shape[:-1], -1, pattern.m).sum(-1)
-    return int((kept > pattern.n).sum())
+    return int((grouped(weight != 0, pattern).sum(-1) > pattern.n).sum())

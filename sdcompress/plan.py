@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sdcompress.criteria import DATA_FREE, load_criterion
+from sdcompress.criteria import DATA_FREE, STATISTICS, load_criterion
 from sdcompress.errors import UsageError
 from sdcompress.patterns import (
     REDUCTION_AXIS,
@@ -185,10 +185,11 @@ def _check_rules(
                 f"{component}, rule {i}: {rule.criterion} compares weights within each output row, "
                 "a global threshold compares all; use 'allocation: uniform'"
             )
-        if missing := load_criterion(rule.criterion).needs - DATA_FREE:
+        known = DATA_FREE | STATISTICS
+        if missing := load_criterion(rule.criterion).needs - known:
             raise UsageError(
                 f"{component}, rule {i}: {rule.criterion} needs {_names(missing)}, which nothing "
-                f"collects yet; use a criterion that needs no more than {_names(DATA_FREE)}"
+                f"collects yet; use a criterion that needs no more than {_names(known)}"
             )
         matched = [layer for layer in candidates if rule_matches(rule, layer)]
         if not matched:

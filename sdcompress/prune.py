@@ -1,18 +1,20 @@
 """Plan + weights → pruned bundle, streamed from safetensors to safetensors.
 
-Nothing here holds more than a few copies of one tensor. Weights that go become +0.0; every other
-byte of every file stays what it was, and files in which nothing changes are hard-linked.
+Nothing here holds more than a few copies of one tensor; only where a criterion asks what the layers
+are given is the model loaded, to paint, before that. Weights that go become +0.0; every other byte
+of every file stays what it was, and files in which nothing changes are hard-linked.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,12 +24,14 @@ from sdcompress.bundle import (
     Manifest,
     TensorRecord,
     link_files,
+    refuse_existing,
     seal,
     staging,
     tool_versions,
 )
+from sdcompress.calibrate import Statistics, collect, complete, on_main_process
 from sdcompress.catalog import Catalog, read_catalog
-from sdcompress.criteria import Criterion, LayerStats, load_criterion
+from sdcompress.criteria import STATISTICS, Criterion, LayerStats, load_criterion
 from sdcompress.errors import InputError, SdcompressError
 from sdcompress.patterns import UNSTRUCTURED, Threshold, keep_mask, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
@@ -38,10 +42,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DECIDES = {"name", "seed", "prune"}  # the parts of a recipe that a pruned bundle depends on
-Progress = Callable[[str, int], None]  # what, how many bytes of weights were done
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
 
-def _silent(what: str, nbytes: int) -> None:
+def _silent(what: str, done: int, total: int) -> None:
     pass
 
 
@@ -55,26 +59,77 @@ def prune(
 ) -> Bundle:
     """Prune a weight bundle by a recipe into a new bundle at `out`.
 
+    Where a criterion needs statistics, the source paints the recipe's calibration prompts first;
+    under `accelerate launch` all processes paint and one writes. `progress` counts denoising steps
+    while "calibrating", and bytes of weights while "pruning".
+
     Raises:
         UsageError: the recipe does not fit the model.
-        InputError: weights are corrupt or not finite, or `out` exists.
+        InputError: weights or activations are corrupt or not finite, or `out` exists.
     """
     catalog = read_catalog(source.path)
     plan = make_plan(recipe, catalog)
+    wanted = _wanted(plan)
+    if not wanted:
+        _write(source, catalog, plan, recipe, {}, out, replace, progress)
+        return Bundle.open(out)
+    if not replace:
+        refuse_existing(out)
+    recipe = recipe.model_copy(update={"calibration": complete(source, recipe.calibration)})
+    statistics = collect(
+        source, wanted, recipe.calibration, progress=partial(progress, "calibrating")
+    )
+    on_main_process(
+        lambda: _write(source, catalog, plan, recipe, statistics, out, replace, progress)
+    )
+    return Bundle.open(out)
+
+
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that a pruned bundle depends on, as they stand in its manifest.
+
+    The calibration is among them where a criterion looks at activations.
+    """
+    criteria = {r.criterion for s in recipe.prune.values() for r in s.rules if not r.keep}
+    recorded = any(load_criterion(name).needs & STATISTICS for name in criteria)
+    parts = DECIDES | {"calibration"} if recorded else DECIDES
+    return recipe.model_dump(mode="json", include=parts)
+
+
+def _wanted(plan: SparsityPlan) -> dict[str, dict[str, frozenset[str]]]:
+    """The statistics each layer's criterion needs, by component; only what has to be recorded."""
+    wanted: dict[str, dict[str, frozenset[str]]] = defaultdict(dict)
+    for layer in plan.layers:
+        if layer.pruned and (needs := _criterion(layer).needs & STATISTICS):
+            wanted[layer.component][layer.name] = needs
+    return dict(wanted)
+
+
+def _write(
+    source: Bundle,
+    catalog: Catalog,
+    plan: SparsityPlan,
+    recipe: Recipe,
+    statistics: Statistics,
+    out: Path,
+    replace: bool,
+    progress: Progress,
+) -> None:
     with staging(out, replace=replace) as work:
-        resolved, tensors = _write_pruned(source.path, catalog, plan, recipe, work, progress)
+        resolved, tensors = _write_pruned(
+            source.path, catalog, plan, recipe, statistics, work, progress
+        )
         linked = link_files(source, work)
         manifest = Manifest(
             stage="pruned",
             parent=source.digest,
             source=source.manifest.source,
-            recipe=recipe.model_dump(mode="json", include=DECIDES),
+            recipe=decisive(recipe),
             tools=tool_versions(),
             plan=resolved,
             tensors=tensors,
         )
         seal(work, manifest, linked=linked)
-    return Bundle.open(out)
 
 
 def _write_pruned(
@@ -82,13 +137,16 @@ def _write_pruned(
     catalog: Catalog,
     plan: SparsityPlan,
     recipe: Recipe,
+    statistics: Statistics,
     work: Path,
     progress: Progress,
 ) -> tuple[SparsityPlan, dict[str, dict[str, TensorRecord]]]:
     layers = {(p.component, p.name): p for p in plan.layers}
     tensors: dict[str, dict[str, TensorRecord]] = defaultdict(dict)
+    infos = [i for shards in catalog.headers.values() for h in shards for i in h.tensors.values()]
+    done, total = 0, sum(info.nbytes for info in infos)
     for component, shards in catalog.headers.items():
-        masks = _Masks(component, shards, plan, recipe)
+        masks = _Masks(component, shards, plan, recipe, statistics.get(component, {}))
         for header in shards:
             planned = {n for n in header.tensors if _is_pruned(layers.get((component, n)))}
             target = work / header.path.relative_to(model)
@@ -107,7 +165,8 @@ def _write_pruned(
                         writer.write(info, raw_bytes(weight))
                     record = record_tensor(weight, info.dtype, pruned=info.name in planned)
                     tensors[component][info.name] = record
-                    progress(f"pruning {component}", info.nbytes)
+                    done += info.nbytes
+                    progress("pruning", done, total)
     resolved = plan.model_copy(update={"layers": tuple(layers.values())})
     if short := shortfalls(resolved, recipe):
         raise SdcompressError(f"{short[0]}; the masks do not do what was asked, please report this")
@@ -137,9 +196,15 @@ class _Masks:
     """Chooses what stays in one component. Call `keep` in file order: see `Threshold.keep`."""
 
     def __init__(
-        self, component: str, shards: Sequence[Header], plan: SparsityPlan, recipe: Recipe
+        self,
+        component: str,
+        shards: Sequence[Header],
+        plan: SparsityPlan,
+        recipe: Recipe,
+        statistics: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         self._component = component
+        self._statistics = statistics
         self._seed = recipe.seed
         self._infos = {i.name: i for h in shards for i in h.tensors.values()}
         self._zeros: dict[str, int] = {}
@@ -164,7 +229,7 @@ class _Masks:
         assert score is not None
         name = f"{self._seed}/{self._component}/{layer.name}"
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-        return score(weight, LayerStats(seed=seed))
+        return score(weight, LayerStats(seed, self._statistics.get(layer.name, {})))
 
     def read(self, layer: LayerPlan) -> Tensor:
         return read_finite(self._infos[layer.name])

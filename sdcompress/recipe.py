@@ -78,8 +78,9 @@ class ComponentRecipe(_Part):
 class Calibration(_Part):
     """The denoising trajectories that statistics are recorded on, where a criterion needs any.
 
-    `prompts` empty: the first `count` of those that come with the model (see `models.prompts`).
-    Picture i uses seed `seed + i`; steps and guidance left out are the model's own.
+    `prompts` empty: the first `count` of those that come with the model (see `models.prompts`);
+    else all of them, whatever `count` is. Picture i uses seed `seed + i`; steps and guidance left
+    out are the model's own.
     """
 
     prompts: tuple[str, ...] = ()
@@ -122,6 +123,7 @@ class Tune(_Part):
     guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     seed: int = 0
     checkpoint_every: int = Field(default=100, ge=1)
+    on_divergence: Literal["stop", "keep"] = "stop"
     log: Literal["csv", "tensorboard"] = "csv"
 
     @field_validator("method")
@@ -205,6 +207,25 @@ class Pictures(_Part):
     seed: int = 0
 
 
+class Quality(_Part):
+    """Pictures of the weights, dense and sparse from the same seeds, held against each other.
+
+    `prompts` empty: those that come with the model. `metrics` empty: all of `sdcompress list
+    metrics` that can run for it. `clip` is the CLIP model that scores, by name or path.
+    """
+
+    samples: int = Field(default=400, ge=2)
+    prompts: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    seed: int = Field(default=0, ge=0)
+    clip: str | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_one_of(metric, "evaluation/metrics") for metric in value)
+
+
 class Recipe(_Part):
     """Everything `run` needs to know.
 
@@ -223,6 +244,7 @@ class Recipe(_Part):
     sampling: Sampling = Sampling()
     bench: Bench = Bench()
     pictures: Pictures = Pictures()
+    quality: Quality | None = None
     gates: Gates = Gates()
 
     @field_validator("prune")

@@ -8,14 +8,17 @@ from types import ModuleType
 
 
 def names(folder: str, package: str = "sdcompress") -> list[str]:
-    """The names a folder offers: its modules, without those that start with an underscore."""
+    """The names a folder offers: its modules, without those that start with an underscore.
+
+    `folder` is relative to the package; "evaluation/metrics" is one inside another.
+    """
     path = Path(__file__).parent.parent / package / folder
     return sorted(p.stem for p in path.glob("*.py") if not p.stem.startswith("_"))
 
 
 def load(folder: str, name: str, package: str = "sdcompress") -> ModuleType:
     """Import one of them. The caller has checked the name against `names`."""
-    return import_module(f"{package}.{folder}.{name}")
+    return import_module(f"{package}.{folder.replace('/', '.')}.{name}")
 
 
 def summary(folder: str, name: str, package: str = "sdcompress") -> str:

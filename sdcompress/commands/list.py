@@ -12,7 +12,16 @@ from sdcompress.commands._common import emit, json_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-KINDS = ("criteria", "allocations", "backends", "targets", "recipes", "models")
+KINDS = (
+    "criteria",
+    "allocations",
+    "tuning",
+    "metrics",
+    "backends",
+    "targets",
+    "recipes",
+    "models",
+)
 
 MODELS = {
     "mini-sd2": "the small trained Stable Diffusion 2 in this package, 64×64 pixels, no download",
@@ -41,7 +50,7 @@ class Output(BaseModel):
 @click.argument("kind", type=click.Choice(KINDS))
 @json_option
 def command(kind: str, as_json: bool) -> None:
-    """List criteria, allocations, backends, targets, recipes or models.
+    """List criteria, allocations, tuning methods, metrics, backends, targets, recipes or models.
 
     \b
     Example:
@@ -75,6 +84,17 @@ def _items(kind: str) -> list[Item]:
                 problem=load_backend(name).available(),
             )
             for name in names()
+        ]
+    if kind == "metrics":
+        from sdcompress.evaluation.metrics import FOLDER, load_metric, metric_names
+
+        return [
+            Item(
+                name=name,
+                summary=registry.summary(FOLDER, name),
+                problem=load_metric(name).missing(),
+            )
+            for name in metric_names()
         ]
     folder = "allocation" if kind == "allocations" else kind
     return [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdcompress import registry
@@ -13,17 +13,43 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DATA_FREE = frozenset({"seed"})
+# What `calibrate` can record while a model paints; each is a property of LayerStats.
+STATISTICS = frozenset({"input_sq_norm", "input_mean", "input_var"})
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What a criterion may ask for in `needs`, each broadcastable to the weight.
+    """What a criterion may ask for in `needs`; it gets that and nothing else.
 
     `seed` is derived from the recipe's seed and the layer's name, so that the order in which
-    layers are visited changes nothing.
+    layers are visited changes nothing. The others are in fp64 and broadcast to the weight: a
+    Linear weight [out, in] has statistics [1, in], a Conv weight [K, C/groups, R, S] has them as
+    [1, C, R, S], or [K, C/groups, R, S] where there are groups. `x` stands for every number that
+    one weight was multiplied with, the zeros of a Conv's padding among them.
     """
 
     seed: int = 0
+    recorded: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def input_sq_norm(self) -> Tensor:
+        """The sum of x²."""
+        return self._find("input_sq_norm")
+
+    @property
+    def input_mean(self) -> Tensor:
+        """The mean of x."""
+        return self._find("input_mean")
+
+    @property
+    def input_var(self) -> Tensor:
+        """The variance of x, that is the mean of x² less the square of the mean."""
+        return self._find("input_var")
+
+    def _find(self, statistic: str) -> Tensor:
+        if statistic not in self.recorded:
+            raise TypeError(f"a criterion that uses {statistic} has to name it in `needs`")
+        return self.recorded[statistic]
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What a model is worth: pictures, and later one file a metric."""
+"""What a model is worth: pictures, and one file a metric in `metrics`."""

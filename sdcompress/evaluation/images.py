@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sdcompress.errors import InputError, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Generator, Tensor
@@ -45,12 +46,48 @@ def generate_from_weights(
     means the same as `export.pipeline.generate`.
     """
     check_request(prompts, seeds, steps)
+    height, width = picture_size(model, height, width)
+
+    import numpy as np
+
+    pipeline = load_pipeline(model)
+    pictures = []
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        (output,) = denoise(
+            pipeline,
+            [prompt],
+            [seed],
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            negative_prompt=negative_prompt,
+        )
+        if not np.isfinite(output).all():
+            raise VerificationError(f"{model}: the picture of {prompt!r} is NaN; prune less")
+        pictures.append(to_picture(output))
+        if progress:
+            progress(i + 1, len(prompts))
+    return pictures
+
+
+def picture_size(model: Path, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels of what a diffusers directory makes; its native size for None.
+
+    Raises:
+        UsageError: the model cannot make pictures of this size.
+    """
     unet, vae = (_config(model / c / "config.json") for c in ("unet", "vae"))
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     # diffusers' UNet, unlike an exported graph, pads what cannot be halved; its pipeline wants 8s.
-    height, width = fitting_size(height, width, unet["sample_size"] * scale, math.lcm(8, scale))
+    return fitting_size(height, width, unet["sample_size"] * scale, math.lcm(8, scale))
 
-    import numpy as np
+
+def load_pipeline(model: Path, dtype: str = "fp32", device: Any = "cpu") -> Any:
+    """The diffusers pipeline of a directory, without its safety checker and progress bars.
+
+    `dtype` is fp32, fp16 or bf16.
+    """
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
@@ -58,33 +95,50 @@ def generate_from_weights(
     disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(
         model,
-        torch_dtype=torch.float32,
+        torch_dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype],
         safety_checker=None,
         requires_safety_checker=False,
         local_files_only=True,
     )
     pipeline.set_progress_bar_config(disable=True)
-    shape = (unet["in_channels"], height // scale, width // scale)
-    pictures = []
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        generator = torch.Generator().manual_seed(seed)
-        output = pipeline(
-            prompt,
-            negative_prompt=negative_prompt,
-            latents=initial_latents(generator, shape),
-            generator=generator,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=height,
-            width=width,
-            output_type="pt",
-        ).images[0]
-        if not torch.isfinite(output).all():
-            raise VerificationError(f"{model}: the picture of {prompt!r} is NaN; prune less")
-        pictures.append(to_picture(np.asarray(output) * 2 - 1))
-        if progress:
-            progress(i + 1, len(prompts))
-    return pictures
+    return pipeline.to(device)
+
+
+def denoise(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    height: int,
+    width: int,
+    negative_prompt: str = "",
+) -> NDArray[Any]:
+    """Pictures [n, 3, height, width] in -1..1 in one batch, not finite where the model overflows.
+
+    Each picture has a generator of its own, for its latents and for the noise that some schedulers
+    add at every step, so that it does not depend on the batch it is in.
+    """
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    scale = pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, height // scale, width // scale)
+    latents = torch.cat([initial_latents(generator, shape) for generator in generators])
+    pictures = pipeline(
+        list(prompts),
+        negative_prompt=[negative_prompt] * len(prompts),
+        latents=latents.to(pipeline.unet.dtype),
+        generator=generators,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        output_type="pt",
+    ).images
+    values: NDArray[Any] = pictures.float().cpu().numpy() * 2 - 1
+    return values
 
 
 def fitting_size(
@@ -135,15 +189,22 @@ def to_picture(values: NDArray[Any]) -> Image:
     Raises:
         VerificationError: it is black all over, which no prompt gives and an overflow does.
     """
-    import numpy as np
     from PIL import Image
 
-    levels = np.round((np.asarray(values, np.float32) / 2 + 0.5).clip(0, 1) * 255)
+    levels = to_levels(values)
     if not levels.any():
         raise VerificationError(
             f"expected a picture, found one that is black all over: {OVERFLOW_FIX}"
         )
-    return Image.fromarray(levels.astype(np.uint8).transpose(1, 2, 0))
+    return Image.fromarray(levels)
+
+
+def to_levels(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Levels [H, W, 3] from finite values [3, H, W] in -1..1."""
+    import numpy as np
+
+    levels = np.round((np.asarray(values, np.float32) / 2 + 0.5).clip(0, 1) * 255)
+    return levels.astype(np.uint8).transpose(1, 2, 0)
 
 
 def psnr(reference: Image, other: Image) -> float | None:

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sdcompress import __version__
 from sdcompress.build_report import BuildReport
 from sdcompress.bundle import LOG, MANIFEST, Bundle, write_text
 from sdcompress.errors import InputError
+from sdcompress.evaluation.quality import MetricResult, Quality
 from sdcompress.measure import Comparison
 from sdcompress.plan import Accounting, LayerPlan, SparsityPlan, account
 from sdcompress.report import charts
@@ -25,6 +28,7 @@ from sdcompress.results import Check, Measure, Results
 
 PAGE = "report.html"
 RESULTS, VERIFICATION, RECIPE = "results.json", "verify.json", "recipe.yaml"
+QUALITY = "quality.json"
 # The later a stage, the more its manifest knows.
 BUNDLES = ("engine/sparse", "onnx/sparse", "tuned", "pruned")
 NAMES = {
@@ -36,7 +40,14 @@ NAMES = {
     "peak_memory": "Peak memory",
     "unet": "UNet",
     "vae": "VAE",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "clip_score": "CLIP score",
+    "clip_distance": "CLIP Fréchet distance",
+    "inception_fid": "FID",
 }
+SCORES = ("prompt_accuracy", "clip_score")  # what the headline tells
 SAME = "no difference"
 # What a target's engines are built by; others run on the machine they are made on.
 FOR_A_TARGET = ("tensorrt", "tensorrt_rtx", "trtexec")
@@ -87,6 +98,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
     pairs, settings = read_pairs(run)
     checks = read_checks(run)
     builds = read_builds(run)
+    quality = read_quality(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -97,6 +109,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
     environment.filters.update(
         percent=percent, size=size, number=number, ratio=ratio, interval=interval, label=label
     )
+    environment.filters["figure"] = figure
     environment.filters["in_sentence"] = _in_sentence
     environment.globals.update(verdict=verdict, amount=amount)
     source = bundle.manifest.source if bundle else None
@@ -107,7 +120,14 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         recipe=(results and results.recipe) or recipe.get("name"),
         recipe_text=_text(run / RECIPE),
         headline=headline(
-            results, sparsity, pairs, plan, checks, not_measured(run), target=target_of(run)
+            results,
+            sparsity,
+            pairs,
+            plan,
+            checks,
+            not_measured(run),
+            target=target_of(run),
+            quality=quality,
         ),
         results=results,
         forest=charts.forest(results.measures, NAMES) if results else "",
@@ -118,6 +138,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         settings=settings,
         checks=checks,
         builds=builds,
+        quality=quality,
         limits_apart=builds["dense"].limits_apart(builds["sparse"])[0] if len(builds) == 2 else [],
         not_measured=not_measured(run),
         bundle=bundle,
@@ -134,6 +155,7 @@ def headline(
     checks: Sequence[Check] | None = None,
     reason: str | None = None,
     target: str | None = None,
+    quality: Quality | None = None,
 ) -> list[str]:
     """What was asked, what it brings and what it costs, claiming no more than was shown.
 
@@ -184,7 +206,10 @@ def headline(
                 else "No kernel of this engine skips zeros."
             )
     if pairs:
-        said.append(_quality(pairs))
+        said.append(_pictures(pairs))
+    for name in SCORES:
+        if quality and (metric := quality.metrics.get(name)) and metric.dense and metric.difference:
+            said.append(_score(label(name), metric))
     return said
 
 
@@ -204,7 +229,18 @@ def _unstructured(plan: SparsityPlan) -> float:
     return free / zeros if zeros else 0.0
 
 
-def _quality(pairs: Sequence[Pair]) -> str:
+def _score(name: str, metric: MetricResult) -> str:
+    assert metric.dense
+    assert metric.difference
+    d = metric.difference
+    return (
+        f"{name} {figure(metric.model.value)} beside {figure(metric.dense.value)} of the dense "
+        f"model, over {metric.samples} prompts (difference {figure(d.value)}, 95 % interval "
+        f"{figure(d.low)} to {figure(d.high)})."
+    )
+
+
+def _pictures(pairs: Sequence[Pair]) -> str:
     different = [p.psnr for p in pairs if p.psnr is not None]
     if not different:
         return f"All {len(pairs)} pictures are identical to the dense ones."
@@ -268,6 +304,18 @@ def read_checks(run: Path) -> tuple[Check, ...] | None:
     return tuple(Check.model_validate(check) for check in listed)
 
 
+def read_quality(run: Path) -> Quality | None:
+    """What `quality.json` says, or None without one."""
+    if not (run / QUALITY).exists():
+        return None
+    try:
+        return Quality.model_validate(_json(run / QUALITY))
+    except ValidationError as e:
+        raise InputError(
+            f"{run / QUALITY}: not what this version understands; remove it or make it again"
+        ) from e
+
+
 def not_measured(run: Path) -> str | None:
     """Why the engines of a run were not measured, as the run's log says; None if it does not."""
     if not (run / LOG).exists():
@@ -319,6 +367,12 @@ def amount(value: float, unit: str) -> str:
     if value >= 10_000:
         return f"{value / 1000:.2f} s"
     return f"{value:.0f} ms" if value >= 1000 else f"{value:.3g} ms"
+
+
+def figure(value: float) -> str:
+    """A metric to three significant digits, with a true minus sign."""
+    text = f"{value:.4g}" if abs(value) >= 100 else f"{value:.3g}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def number(value: int) -> str:

@@ -16,6 +16,7 @@ from sdcompress.models.mini_sd2.scenes import (
     Thing,
     caption,
     coverage,
+    read_caption,
     render,
     sample_prompts,
     sample_scenes,
@@ -103,3 +104,29 @@ def test_render_depends_on_the_seed_alone() -> None:
 def test_unknown_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="expected one of circle"):
         coverage("star", 10, np.zeros(1, np.float32), np.zeros(1, np.float32))
+
+
+def test_captions_are_read_back_in_every_phrasing() -> None:
+    for scene in sample_scenes(60, None, "train", 4) + sample_scenes(30, None, "heldout", 4):
+        for phrasing in range(len(PHRASINGS)):
+            assert read_caption(caption(scene, phrasing)) == scene
+        assert read_caption(caption(scene, len(PHRASINGS))) == scene.converse()
+    assert read_caption("  A Large RED circle\non a white background ") == Scene(
+        (Thing("red", "circle", "large"),), None, "white"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "an owl",
+        "a large red circle",
+        "a large mauve circle on a white background",
+        "a large red circle on a white background, please",
+        "a large red circle near a small blue square on a white background",
+        "a large red circle left of a small blue square left of a small pink bar on white",
+    ],
+)
+def test_what_is_no_caption(text: str) -> None:
+    assert read_caption(text) is None

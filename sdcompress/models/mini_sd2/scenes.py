@@ -9,7 +9,10 @@ All positions and lengths are in pixels of the 64 x 64 picture; x grows to the r
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -108,6 +111,37 @@ def caption(scene: Scene, phrasing: int = 0) -> str:
         scene = scene.converse()
     what = f" {scene.relation} ".join(map(str, scene.things))
     return PHRASINGS[phrasing % len(PHRASINGS)].format(what=what, bg=scene.background)
+
+
+def read_caption(text: str) -> Scene | None:
+    """The scene a caption describes, in any of its phrasings; None if it is no such caption."""
+    clean = " ".join(text.lower().split())
+    return next((s for pattern in _phrasings() if (s := _match(pattern, clean))), None)
+
+
+@lru_cache(maxsize=1)
+def _phrasings() -> list[re.Pattern[str]]:
+    def one_of(names: Iterable[str]) -> str:
+        return f"({'|'.join(names)})"
+
+    thing = f"a {one_of(SIZES)} {one_of(COLOURS)} {one_of(SHAPES)}"
+    what = f"{thing}(?: {one_of(RELATIONS)} {thing})?"
+    background = f"(?P<background>{'|'.join(BACKGROUNDS)})"
+    return [re.compile(p.format(what=what, bg=background)) for p in PHRASINGS]
+
+
+def _match(pattern: re.Pattern[str], text: str) -> Scene | None:
+    match = pattern.fullmatch(text)
+    if match is None:
+        return None
+    background = match["background"]
+    groups = [g for i, g in enumerate(match.groups(), 1) if i != pattern.groupindex["background"]]
+    size, colour, shape, relation, *second = groups
+    things = (Thing(colour, shape, size),)
+    if relation is None:
+        return Scene(things, None, background)
+    size, colour, shape = second
+    return Scene((*things, Thing(colour, shape, size)), relation, background)
 
 
 def words() -> list[str]:
