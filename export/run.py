@@ -52,6 +52,7 @@ from sdcompress.results import Results
 
 if TYPE_CHECKING:
     from export.ranges import Ranges
+    from sdcompress.evaluation.quality import QualitySettings
 
 STATE = "state.json"
 RESULTS = "results.json"
@@ -240,7 +241,7 @@ def run(
         _device(place, recipe, job, onnx, needed=why is not None, announce=announce)
         if not why:
             _bench(place, recipe, engines, job.sampling, command, announce)
-        _quality(place, recipe, weights, job.sampling, announce, tell)
+        _quality(place, job, weights, announce, tell)
         write_json(out / "log.json", log)
         file = place.output("bench")
         page = write_report(out, read_results(file) if is_device_results(file) else None)
@@ -255,6 +256,7 @@ class _Job:
     backend: Backend
     target: Target | None
     sampling: dict[str, Any]
+    quality: QualitySettings | None = None
     warnings: tuple[str, ...] = ()  # what will not be on the target as the recipe hopes
 
     @classmethod
@@ -273,6 +275,7 @@ class _Job:
         job.backend.check(recipe.engine.options, job.built_for)
         asked, geometry = job.sampling, Geometry.read(source.path, "vae")
         geometry.latent_shape(asked["height"], asked["width"])
+        job = replace(job, quality=_quality_settings(recipe, source, job.sampling))
         plan = make_plan(recipe, read_catalog(source.path))
         if target is None:
             return job
@@ -310,11 +313,16 @@ def _sparse_weights(
 
     from sdcompress.tuning import tune
 
+    def show(what: str, done: int, of: int) -> None:
+        tell(f"{what}: {done} of {of}")
+
     return _bundle(
         place,
         "tuned",
         settings.model_dump(mode="json"),
-        lambda parent, path: tune(parent, settings, path, dense=source, replace=True),
+        lambda parent, path: tune(
+            parent, settings, path, dense=source, replace=True, progress=show
+        ),
         pruned,
         announce,
     )
@@ -557,30 +565,38 @@ def _bench(
     announce("bench", place.files("bench", _key("bench", where, *engines.values()), make))
 
 
-def _quality(
-    place: Workspace,
-    recipe: Recipe,
-    weights: Mapping[str, Bundle],
-    sampling: dict[str, Any],
-    announce: Announce,
-    tell: Tell,
-) -> None:
-    """What the metrics say of many pictures, made from the weights in fp32."""
-    asked = recipe.quality
-    if asked is None:
-        place.drop("quality")
-        return
-    from sdcompress.evaluation.quality import default_settings, evaluate
+def _quality_settings(
+    recipe: Recipe, source: Bundle, sampling: dict[str, Any]
+) -> QualitySettings | None:
+    """Raises UsageError: a metric that is asked for cannot run here."""
+    from sdcompress.evaluation.quality import default_settings, unavailable
 
-    chosen = asked.model_dump(exclude={"samples", "prompts", "metrics"})
+    if (asked := recipe.quality) is None:
+        return None
     settings = default_settings(
-        weights["dense"],
-        asked.samples,
+        source,
+        min(asked.samples, len(asked.prompts) or asked.samples),
         prompts=asked.prompts or None,
         metrics=asked.metrics or None,
-        **chosen,
+        seed=asked.seed,
+        clip=asked.clip,
         **sampling,
     )
+    unable = unavailable(settings, source)
+    if missing := [name for name in settings.metrics if name in unable]:
+        raise UsageError(f"quality.metrics: {missing[0]}: {unable[missing[0]]}")
+    return settings
+
+
+def _quality(
+    place: Workspace, job: _Job, weights: Mapping[str, Bundle], announce: Announce, tell: Tell
+) -> None:
+    """What the metrics say of many pictures, made from the weights in fp32."""
+    from sdcompress.evaluation.quality import evaluate, unavailable
+
+    if (settings := job.quality) is None:
+        place.drop("quality")
+        return
 
     def make(target: Path) -> None:
         work = place.path / ".quality"  # pictures that are done outlive a run that is stopped
@@ -589,7 +605,8 @@ def _quality(
             weights["dense"],
             settings,
             work=work,
-            progress=lambda done, of: tell(f"quality: {done} of {of} pictures"),
+            unable=unavailable(settings, weights["dense"]),
+            progress=lambda done, of: tell(f"quality: {done} of {of}"),
         )
         write_text(target, quality.model_dump_json(indent=1) + "\n")
         shutil.rmtree(work, ignore_errors=True)

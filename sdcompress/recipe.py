@@ -104,7 +104,7 @@ class Tune(_Part):
     steps: int = Field(default=1000, ge=1)
     batch: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)

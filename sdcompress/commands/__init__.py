@@ -37,6 +37,10 @@ _ORDER = [
     "run",
     "plan",
     "prune",
+    "tune",
+    "eval",
+    "sweep",
+    "search",
     "export",
     "build",
     "verify",
@@ -98,7 +102,12 @@ def _warn(message: Warning | str, category: type[Warning], *_: object, **__: obj
 
 def _interrupted(arguments: list[str]) -> str:
     command = next((a for a in arguments if not a.startswith("-")), "")
-    more = "; the same command goes on from the last finished stage" if command == "run" else ""
+    goes_on = {
+        "run": "; the same command goes on from the last finished stage",
+        "tune": "; the same command goes on from the last checkpoint",
+        **dict.fromkeys(("eval", "sweep", "search"), "; the same command goes on where it was"),
+    }
+    more = goes_on.get(command, "")
     return f"interrupted; nothing was half-written{more}"
 
 

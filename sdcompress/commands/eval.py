@@ -56,7 +56,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1 << 32),
     default=0,
     show_default=True,
     help="Picture i uses seed + i.",

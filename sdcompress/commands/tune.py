@@ -118,6 +118,7 @@ def command(
       sdcompress tune pruned --steps 200 -o tuned
       accelerate launch -m sdcompress tune pruned --steps 200 -o tuned
     """
+    from sdcompress.evaluation.processes import processes
     from sdcompress.models.prompts import read_prompts
     from sdcompress.plan import account
     from sdcompress.tuning import find_dense, tune
@@ -132,7 +133,7 @@ def command(
     source = open_model(dense, **how) if dense else find_dense(parent)
     with _bar() as progress:
         bundle = tune(parent, settings, output, dense=source, fresh=fresh, progress=progress)
-    if not _main_process():
+    if not processes().is_main_process:
         return
     assert bundle.manifest.plan
     details = bundle.manifest.details
@@ -212,12 +213,6 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=what, completed=done, total=total)
 
         yield show
-
-
-def _main_process() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 def _remark(details: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,13 +94,17 @@ def load_pipeline(model: Path, dtype: str = "fp32", device: Any = "cpu") -> Any:
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        model,
-        torch_dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype],
-        safety_checker=None,
-        requires_safety_checker=False,
-        local_files_only=True,
-    )
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    with warnings.catch_warnings():
+        # diffusers calls the argument `dtype` from 0.42 on and takes either.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            model,
+            torch_dtype=kinds[dtype],
+            safety_checker=None,
+            requires_safety_checker=False,
+            local_files_only=True,
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

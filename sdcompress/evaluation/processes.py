@@ -13,6 +13,8 @@ PATIENCE = timedelta(days=1)  # the first process measures while the others wait
 
 def processes() -> PartialState:
     """Which of how many this process is, and the device that it works on."""
+    import torch
     from accelerate import PartialState
 
-    return PartialState(timeout=PATIENCE)
+    # Without a GPU accelerate takes what torchrun started for one process each, unless told.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)

@@ -45,7 +45,7 @@ class QualitySettings(_Record):
     """
 
     prompts: tuple[str, ...] = Field(min_length=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=1 << 32)
     steps: int = Field(ge=1)
     guidance: float = Field(ge=0, allow_inf_nan=False)
     height: int | None = None
@@ -258,12 +258,21 @@ def _measure(
     for name, metric in metrics.items():
         values = {s: np.concatenate(parts) for s, parts in found[name].items() if parts}
         results[name] = _result(name, metric, values, settings, work)
-    warnings = tuple(
+    warnings = _strangers(sets["model"].bundle, sets["dense"].bundle) + tuple(
         f"{count} of {len(settings.prompts)} pictures of the {who} are black all over or not finite"
         for who, count in (("model", black["model"]), ("dense model", black["dense"]))
         if count
     )
     return results, warnings
+
+
+def _strangers(model: Bundle, dense: Bundle) -> tuple[str, ...]:
+    names = [b.manifest.source.id for b in (model, dense)]
+    if model.manifest.parent == dense.digest or names[0] == names[1]:
+        return ()
+    return (
+        f"the model comes from {names[0]}, the dense one from {names[1]}: they may be unrelated",
+    )
 
 
 def _result(
@@ -283,6 +292,12 @@ def _result(
         parts["floor"] = _mean(found["floor"] - found["dense"])
         parts["values"] = tuple(found["model"].tolist())
         parts["dense_values"] = tuple(found["dense"].tolist())
+        if len(set(parts["values"])) == 1:
+            n = len(settings.prompts)
+            parts["warnings"] = (
+                f"all {n} values are equal, so resampling shows no spread; at 95 % confidence less "
+                f"than {3 / n:.1%} of such pictures differ",
+            )
     else:
         parts = _distances(metric, found, settings, work)
     return MetricResult(

@@ -42,13 +42,13 @@ class Cliff(BaseModel):
 
     def __str__(self) -> str:
         if self.last_within is None:
-            return f"below {self.first:g}"
-        return f"beyond {self.last:g}" if self.first_beyond is None else f"{self.last_within:g}"
+            return f"below {self.first:.4g}"
+        return f"beyond {self.last:.4g}" if self.first_beyond is None else f"{self.last_within:.4g}"
 
     @property
     def interval(self) -> str:
-        low = f"below {self.first:g}" if self.low is None else f"{self.low:g}"
-        high = f"beyond {self.last:g}" if self.high is None else f"{self.high:g}"
+        low = f"below {self.first:.4g}" if self.low is None else f"{self.low:.4g}"
+        high = f"beyond {self.last:.4g}" if self.high is None else f"{self.high:.4g}"
         return f"{low} to {high}"
 
 

@@ -12,6 +12,7 @@ from sdcompress.sweep.plot import common, label, labels
 from sdcompress.sweep.points import SHOWN, Curve
 
 SENTENCES = 6
+READABLE = 0.75  # how small the plot may become before it scrolls
 STRIPS = 8  # how many points of a curve are shown in pictures
 
 
@@ -129,6 +130,9 @@ def _warnings(sweep: Sweep) -> list[str]:
 def _inline(svg: str) -> str:
     """The plot as part of a page: without the prolog of a file, and as wide as there is room."""
     drawing = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    wide = re.search(r'<svg[^>]*? width="([\d.]+)pt"', drawing)
+    least = READABLE * float(wide[1]) if wide else 0
     drawing = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", drawing, count=1)
     said = "Quality against sparsity; the tables of this page give the numbers"
-    return drawing.replace("<svg", f'<svg class="plot" role="img" aria-label="{said}"', 1)
+    about = f'class="plot" role="img" aria-label="{said}" style="min-width: {least:.0f}pt"'
+    return drawing.replace("<svg", f"<svg {about}", 1)

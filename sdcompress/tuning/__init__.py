@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from sdcompress import registry
 from sdcompress.bundle import Bundle, locked, refuse_existing
 from sdcompress.errors import InputError, UsageError
+from sdcompress.evaluation.processes import processes
 from sdcompress.plan import SparsityPlan
 from sdcompress.recipe import Tune
 from sdcompress.tuning._job import TUNABLE, Job, Progress, load_models, silent, state_key
@@ -114,8 +115,9 @@ def _accelerator(settings: Tune) -> Accelerator:
 
     # accelerate keeps one precision for the life of a process; a sweep tunes more than once in it.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
-    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    cpu = processes().device.type == "cpu"
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu)
+    if settings.mixed_precision == "fp16" and cpu:
         raise UsageError("tune: mixed_precision fp16 needs a GPU; take bf16, or no")
     plain = {t for t in DistributedType if t == "NO" or t.startswith("MULTI_")}
     if accelerator.distributed_type not in plain:

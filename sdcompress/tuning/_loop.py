@@ -222,7 +222,6 @@ class _Training:
 
     def __init__(self, job: Job, loss: Loss, samples: Samples, keeper: Keeper) -> None:
         from diffusers.optimization import get_scheduler
-        from diffusers.training_utils import EMAModel
         from torch.optim import AdamW
 
         settings, accelerator = job.settings, job.accelerator
@@ -247,8 +246,10 @@ class _Training:
             num_warmup_steps=settings.warmup,
             num_training_steps=settings.steps,
         )
-        self._average = None
+        self._average: Any = None
         if settings.ema is not None:
+            from diffusers.training_utils import EMAModel
+
             self._average = EMAModel(self._parameters.values(), settings.ema)
         self.losses: list[float] = []
         self.learning_rate = 0.0  # of the last step made

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.errors import InputError, UsageError
-from sdcompress.tuning._images import load_picture, picture_at, read_folder
+from sdcompress.tuning._images import Captioned, load_picture, picture_at, read_folder
 from sdcompress.tuning._job import Job, seeded
 from sdcompress.tuning._loop import Loss, fit
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # One caption in ten is left empty, so that the model goes on knowing the unconditional noise that
-# classifier-free guidance starts from (Ho & Salimans 2022, arXiv 2207.12598, section 3.1).
+# classifier-free guidance starts from (Ho & Salimans 2022, arXiv 2207.12598).
 EMPTY = 0.1
 CACHE_BYTES = 2**30  # of encoded pictures; those beyond it are encoded again
 
@@ -153,7 +153,7 @@ class Pictures:
         return mean, std
 
 
-def _read_folder(job: Job) -> Any:
+def _read_folder(job: Job) -> tuple[Captioned, ...]:
     settings = job.settings
     if settings.images is None:
         raise UsageError(

@@ -37,8 +37,9 @@ SMALL: dict[str, Any] = {
     "bench": {"rounds": 2, "budget": 0.05},
     "pictures": {"prompts": ["a red cat"]},
 }
-# Without a target and without calibration.
-USUAL = [s for s in STAGES if s != "device" and not s.startswith("ranges/")]
+# Without a target, calibration, tuning and a measured quality.
+WHEN_ASKED = ("device", "tuned", "quality")
+USUAL = [s for s in STAGES if s not in WHEN_ASKED and not s.startswith("ranges/")]
 BUNDLES = ("pruned", "onnx/dense", "onnx/sparse", "engine/dense", "engine/sparse")
 
 
@@ -84,6 +85,47 @@ def test_only_what_a_change_touches_is_done_again(tiny_source: Bundle, finished:
     assert done == ["bench", "report"]
     done, _ = _run(tiny_source, finished)
     assert done == ["bench", "report"]
+
+
+def test_tuning_and_quality_are_stages_of_their_own(
+    tiny_source: Bundle, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    asked = {
+        "tune": {"steps": 2, "batch": 2, "sampling_steps": 2},
+        "quality": {"samples": 3, "metrics": ["psnr"]},
+    }
+    sparse = [s for s in USUAL if s.endswith("/sparse")]
+    done, _ = _run(tiny_source, out, **asked)
+    assert done == ["tuned", *sparse, "bench", "quality", "report"]
+
+    tuned, onnx = (Bundle.open(out / name) for name in ("tuned", "onnx/sparse"))
+    assert tuned.manifest.parent == Bundle.open(out / "pruned").digest
+    assert onnx.manifest.parent == tuned.digest
+    assert json.loads((out / "verify.json").read_text())["passed"] is True
+    quality = json.loads((out / "quality.json").read_text())
+    assert quality["model"] == tuned.digest
+    assert quality["metrics"]["psnr"]["samples"] == 3
+    page = (out / "report.html").read_text()
+    assert "What it cost in quality" in page
+    assert not list(out.glob(".*"))
+
+    # Quality is the weights' own: it outlives engines that are built or measured anew.
+    done, _ = _run(tiny_source, out, **asked, bench={"rounds": 3, "budget": 0.05})
+    assert done == ["bench", "report"]
+    done, _ = _run(tiny_source, out)
+    assert done == [*sparse, "bench", "report"]
+    assert not (out / "tuned").exists()
+    assert not (out / "quality.json").exists()
+
+
+def test_a_metric_that_cannot_run_is_refused_before_anything(
+    tiny_source: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="prompt_accuracy"):
+        _run(tiny_source, tmp_path / "out", quality={"metrics": ["prompt_accuracy"]})
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_damaged_is_made_again(tiny_source: Bundle, finished: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from sdcompress.bundle import Bundle, SourceRecord
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation import metrics
+from sdcompress.evaluation import quality as quality_module
 from sdcompress.evaluation.images import generate_from_weights, psnr
 from sdcompress.evaluation.metrics import inception_fid
 from sdcompress.evaluation.presets import RAMESH_ZHAO, preset_settings, read_captions
@@ -258,8 +259,29 @@ def test_pictures_of_a_model_pruned_too_far_are_counted(
     save_file(tensors, file)
     model = Bundle.of_source(broken, SourceRecord(id="broken", kind="directory"))
     quality = evaluate(model, tiny_source, SETTINGS, work=tmp_path / "work")
-    assert quality.warnings == ("6 of 6 pictures of the model are black all over or not finite",)
+    assert quality.warnings == (
+        "the model comes from broken, the dense one from tiny-sd: they may be unrelated",
+        "6 of 6 pictures of the model are black all over or not finite",
+    )
     assert quality.metrics["psnr"].model.value < 15
+
+
+def test_a_score_without_any_spread_says_what_it_can_mean(
+    tiny_source: Bundle, pruned: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = metrics.Score(
+        unit="share", better="higher", score=lambda batch: np.ones(len(batch.images))
+    )
+    monkeypatch.setattr(quality_module, "load_metric", lambda name: same)
+    settings = SETTINGS.model_copy(update={"metrics": ("prompt_accuracy",)})
+    quality = evaluate(pruned, tiny_source, settings, work=tmp_path)
+    found = quality.metrics["prompt_accuracy"]
+    assert found.difference == Estimate(value=0, low=0, high=0)
+    assert found.warnings == (
+        "all 6 values are equal, so resampling shows no spread; at 95 % confidence less than 50.0% "
+        "of such pictures differ",
+    )
+    assert quality.warnings == ()
 
 
 def test_fid_is_of_both_models_to_the_real_images(
