@@ -313,19 +313,23 @@ def _sparse_weights(
 
     from sdcompress.tuning import tune
 
-    def show(what: str, done: int, of: int) -> None:
-        tell(f"{what}: {done} of {of}")
+    asked = settings.model_dump(mode="json")
+    checkpoints = place.path / f".tuning-{_key('tuned', asked, pruned)[:16]}"
+    for stale in set(place.path.glob(".tuning-*")) - {checkpoints}:
+        shutil.rmtree(stale, ignore_errors=True)
 
-    return _bundle(
-        place,
-        "tuned",
-        settings.model_dump(mode="json"),
-        lambda parent, path: tune(
-            parent, settings, path, dense=source, replace=True, progress=show
-        ),
-        pruned,
-        announce,
-    )
+    def make(parent: Bundle, path: Path) -> Bundle:
+        return tune(
+            parent,
+            settings,
+            path,
+            dense=source,
+            replace=True,
+            progress=lambda what, done, of: tell(f"{what}: {done} of {of}"),
+            checkpoints=checkpoints,
+        )
+
+    return _bundle(place, "tuned", asked, make, pruned, announce)
 
 
 def _onnx(

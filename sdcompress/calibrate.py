@@ -8,6 +8,7 @@ Prompts go through in batches that depend on their place in the list alone, so t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from sdcompress.models.prompts import prompts_for
 from sdcompress.recipe import Calibration
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, device, nn
 
 BATCH = 8  # pictures at a time: the memory of a small GPU is enough for them
 Wanted = Mapping[str, Mapping[str, frozenset[str]]]  # component → layer → statistics
@@ -69,9 +70,7 @@ def collect(
     seeds = range(asked.seed, asked.seed + len(asked.prompts))
     check_request(asked.prompts, seeds, asked.steps)
     state = processes()
-    # Apple's GPUs have no fp64.
-    place = torch.device("cpu") if state.device.type == "mps" else state.device
-    pipeline = load_pipeline(source.path, device=place)
+    pipeline = load_pipeline(source.path, device=exact_device())
     batches = list(_batches(asked.prompts, seeds))[state.process_index :: state.num_processes]
     each = asked.steps if _denoises(wanted) else 1
     total = each * sum(len(prompts) for prompts, _ in batches)
@@ -93,14 +92,36 @@ def collect(
     return found
 
 
+def exact_device() -> device:
+    """The device of this process, or the CPU where that device has no fp64 (Apple's)."""
+    import torch
+
+    place = processes().device
+    return torch.device("cpu") if place.type == "mps" else place
+
+
+def is_main_process() -> bool:
+    """Whether it is for this process to write and to print."""
+    return not _launched() or processes().is_main_process
+
+
 def on_main_process(make: Callable[[], None]) -> None:
     """Call it on one process only, while the others of `accelerate launch` wait."""
+    if not _launched():
+        make()
+        return
     state = processes()
+    state.wait_for_everyone()  # until all have looked at what is there
     try:
         if state.is_main_process:
             make()
     finally:
         state.wait_for_everyone()
+
+
+def _launched() -> bool:
+    # Asked before accelerate is, which would set up a GPU for what may need none.
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def _batches(

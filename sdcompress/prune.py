@@ -59,8 +59,8 @@ def prune(
 ) -> Bundle:
     """Prune a weight bundle by a recipe into a new bundle at `out`.
 
-    Where a criterion needs statistics, the source paints the recipe's calibration prompts first;
-    under `accelerate launch` all processes paint and one writes. `progress` counts denoising steps
+    Where a criterion needs statistics, the source paints the recipe's calibration prompts first.
+    Under `accelerate launch` all processes paint, and one writes. `progress` counts denoising steps
     while "calibrating", and bytes of weights while "pruning".
 
     Raises:
@@ -70,15 +70,14 @@ def prune(
     catalog = read_catalog(source.path)
     plan = make_plan(recipe, catalog)
     wanted = _wanted(plan)
-    if not wanted:
-        _write(source, catalog, plan, recipe, {}, out, replace, progress)
-        return Bundle.open(out)
     if not replace:
         refuse_existing(out)
-    recipe = recipe.model_copy(update={"calibration": complete(source, recipe.calibration)})
-    statistics = collect(
-        source, wanted, recipe.calibration, progress=partial(progress, "calibrating")
-    )
+    statistics: Statistics = {}
+    if wanted:
+        recipe = recipe.model_copy(update={"calibration": complete(source, recipe.calibration)})
+        statistics = collect(
+            source, wanted, recipe.calibration, progress=partial(progress, "calibrating")
+        )
     on_main_process(
         lambda: _write(source, catalog, plan, recipe, statistics, out, replace, progress)
     )

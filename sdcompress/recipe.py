@@ -96,13 +96,15 @@ class Tune(_Part):
     `steps` are optimiser steps over `batch` samples each, in `accumulate` parts. `components`
     empty: those that are pruned. `prompts` empty: those that come with the model. `images`: the
     folder of pictures and captions that the diffusion loss learns from. Paths are taken from where
-    the command is run.
+    the command is run. `features` is distill's weight of what the blocks put out, beside the noise
+    prediction; `decay` belongs to sr_ste and `cycles` to dsnot. `on_divergence: keep` makes a
+    bundle of the last good weights where the loss leaves all bounds.
     """
 
     method: str = "distill"
     components: tuple[str, ...] = ()
     steps: int = Field(default=1000, ge=1)
-    batch: int = Field(default=16, ge=1)
+    batch: int = Field(default=8, ge=1)
     accumulate: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

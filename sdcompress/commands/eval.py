@@ -61,7 +61,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
     show_default=True,
     help="Picture i uses seed + i.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
+@click.option("--steps", type=click.IntRange(min=1, max=1000), help="Denoising steps.")
 @click.option("--guidance", type=GUIDANCE, help="Guidance scale; 1 or less runs one branch.")
 @click.option("--height", type=click.IntRange(min=8), help="Pixels.")
 @click.option("--width", type=click.IntRange(min=8), help="Pixels.")

@@ -68,6 +68,7 @@ def command(
       sdcompress prune mini-sd2 --recipe sd2-2to4 -o pruned
       sdcompress prune mini-sd2 --recipe wanda.yaml --calibration-count 32 -o pruned
     """
+    from sdcompress.calibrate import is_main_process
     from sdcompress.plan import account
     from sdcompress.prune import prune
     from sdcompress.recipe import load_recipe
@@ -77,6 +78,8 @@ def command(
     source = open_model(model, **how)
     with phase_progress() as progress:
         bundle = prune(source, loaded, output, progress=progress)
+    if not is_main_process():
+        return
     assert bundle.manifest.plan
     result = Output(
         bundle=str(output),

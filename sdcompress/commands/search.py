@@ -119,7 +119,7 @@ class Output(BaseModel):
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1 << 32),
     default=0,
     show_default=True,
     help="Picture i uses seed + i.",

@@ -107,7 +107,9 @@ class Output(BaseModel):
     metavar="FILE",
     help="Prompts, one a line, instead of those that come with the model.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Picture i uses seed + i.  [default: 0]")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=1 << 32), help="Picture i uses seed + i.  [default: 0]"
+)
 @click.option("--steps", type=click.IntRange(min=1, max=1000), help="Denoising steps.")
 @click.option("--guidance", type=GUIDANCE, help="Guidance scale; 1 or less runs one branch.")
 @click.option("--height", type=click.IntRange(min=8), help="Pixels.")

@@ -63,17 +63,27 @@ POSITIVE = Finite(min=0, min_open=True)
 @click.option(
     "--accumulate", type=click.IntRange(min=1), help="Parts a process makes of its share."
 )
-@click.option("--learning-rate", type=POSITIVE)
-@click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]))
+@click.option(
+    "--learning-rate", type=POSITIVE, help="The highest; a small model such as mini-sd2 takes 1e-3."
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "linear", "cosine"]),
+    help="How the rate falls over the steps.",
+)
 @click.option("--warmup", type=click.IntRange(min=0), help="Steps until the rate is reached.")
-@click.option("--weight-decay", type=Finite(min=0))
+@click.option("--weight-decay", type=Finite(min=0), help="AdamW's.")
 @click.option("--max-grad-norm", type=POSITIVE, help="Gradients are clipped to this length.")
 @click.option(
     "--ema",
     type=Finite(min=0, max=1, min_open=True, max_open=True),
     help="Decay of the moving average that is kept; none by default.",
 )
-@click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]))
+@click.option(
+    "--mixed-precision",
+    type=click.Choice(["no", "fp16", "bf16"]),
+    help="What is computed in; weights are fp32 while they are tuned.",
+)
 @click.option(
     "--gradient-checkpointing", is_flag=True, default=None, help="Less memory, more time."
 )
@@ -83,10 +93,14 @@ POSITIVE = Finite(min=0, min_open=True)
 @click.option("--cycles", type=click.IntRange(min=1), help="dsnot: how often weights may swap.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Learn from these, one a line.")
 @click.option("--images", metavar="DIR", help="finetune: pictures, with metadata.jsonl or .csv.")
-@click.option("--broken-images", type=click.Choice(["refuse", "skip"]))
+@click.option(
+    "--broken-images",
+    type=click.Choice(["refuse", "skip"]),
+    help="finetune: what to do with pictures that cannot be read or have no caption.",
+)
 @click.option("--sampling-steps", type=click.IntRange(1, 1000), help="Steps of a trajectory.")
 @click.option("--guidance", type=GUIDANCE, help="Of the trajectories.")
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="Of all that is random.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between checkpoints.")
 @click.option(
     "--on-divergence",

@@ -45,7 +45,9 @@ class Pictures:
         """Their place under `work`, named after everything they depend on."""
         tools = {k: v for k, v in tool_versions().items() if k in _TOOLS}
         decides = settings.model_dump(mode="json", include=_DECIDES)
-        made_of = json.dumps([bundle.digest, decides, tools], sort_keys=True)
+        device = processes().device.type  # a GPU rounds otherwise, which would look like drift
+        kind = [] if device == "cpu" else [device]
+        made_of = json.dumps([bundle.digest, decides, tools, *kind], sort_keys=True)
         key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
         name = f"{bundle.manifest.stage}-{bundle.digest[:8]}-seed{settings.seed}-{key[:8]}"
         size = picture_size(bundle.path, settings.height, settings.width)

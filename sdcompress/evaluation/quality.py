@@ -300,12 +300,27 @@ def _result(
             )
     else:
         parts = _distances(metric, found, settings, work)
+    parts["warnings"] = (*parts.get("warnings", ()), *_repeated(settings.prompts))
     return MetricResult(
         metric=name,
         unit=metric.unit,
         better=metric.better,
         samples=len(settings.prompts),
         **parts,
+    )
+
+
+def _repeated(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Pictures of one prompt are alike; drawn as if each had its own, they show too little spread.
+
+    Prompts drawn at random may come twice; those of a list that is used over again all do.
+    """
+    n, different = len(prompts), len(set(prompts))
+    if 2 * different > n:
+        return ()
+    return (
+        f"{n} pictures of {different} prompts: the interval takes each for one of its own and is "
+        f"too narrow for other prompts; pass --prompts with {n}",
     )
 
 

@@ -6,23 +6,22 @@ what a pruned model costs. Here they come together, with real models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from sdcompress.bundle import Bundle, locked
+from sdcompress.bundle import Bundle
 from sdcompress.catalog import read_catalog
-from sdcompress.errors import InputError, UsageError
+from sdcompress.errors import UsageError
 from sdcompress.evaluation.metrics import load_metric
 from sdcompress.patterns import UNSTRUCTURED, parse_pattern
 from sdcompress.plan import make_plan
 from sdcompress.search.bisect import Kept, Outcome, Record, Trial, bisect, describe
 from sdcompress.search.budget import in_words, judge
 from sdcompress.search.cost import Cost, Most, weigh
-from sdcompress.sweep.points import Part, Point, measure_point, point_recipe
+from sdcompress.sweep.points import Part, Point, alone, measure_point, point_recipe
 
 if TYPE_CHECKING:
     from sdcompress.evaluation.quality import QualitySettings
@@ -72,7 +71,7 @@ class Candidate(Record):
 class Found(Record):
     """All that a search has come to; `answer` is None where nothing keeps the budget.
 
-    `warnings`: what is wrong with how the metrics were measured.
+    `warnings`: what is wrong with how the metrics were measured, and with the pictures of points.
     """
 
     request: Request
@@ -122,24 +121,8 @@ def search(
         UsageError: the request does not fit the model, or a metric cannot be measured here.
     """
     check(dense, request, settings)
-    with _alone(work):
+    with alone(work):
         return _search(dense, request, settings, work, announce, progress)
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{work}: cannot be created ({e.strerror}); check the path") from e
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(work, wait=False))
-        except BlockingIOError as e:
-            raise InputError(
-                f"{work}: another search is at work there; wait for it or choose another --work"
-            ) from e
-        yield
 
 
 def _search(
@@ -157,6 +140,8 @@ def _search(
         assert found.quality
         for metric, result in found.quality.metrics.items():
             warnings.update((f"{metric}: {warning}", None) for warning in result.warnings)
+        point = describe(sparsity)
+        warnings.update((f"{point}: {warning}", None) for warning in found.quality.warnings)
         return judge(found.quality, request.budget, by_value=request.by_value)
 
     def cost(sparsity: Mapping[str, float]) -> Cost:

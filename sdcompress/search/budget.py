@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 from sdcompress.errors import UsageError
-from sdcompress.evaluation.metrics import Distance, Score, load_metric, metric_names
+from sdcompress.evaluation.metrics import Distance, Score, load_metric
 from sdcompress.evaluation.quality import MetricResult, Quality, margin
 from sdcompress.search.bisect import Kept
+from sdcompress.sweep.run import parse_keep
 
 
 def parse_budget(keep: Iterable[str]) -> dict[str, float]:
-    """`METRIC=LIMIT`, several times → metric → limit, which means what `quality.margin` says.
+    """`parse_keep`, where a search needs at least one limit.
 
     Raises:
-        UsageError: none is given, one is malformed, unknown or given twice, or a limit is not above
-            0 or one that the dense model itself does not keep.
+        UsageError: none is given, or as `parse_keep` says.
     """
-    budget: dict[str, float] = {}
-    for text in keep:
-        metric, _, number = (part.strip() for part in text.partition("="))
-        if metric not in metric_names():
-            raise UsageError(
-                f"--keep {text}: expected METRIC=LIMIT with one of {', '.join(metric_names())}, "
-                f"found {metric!r}"
-            )
-        if metric in budget:
-            raise UsageError(f"--keep {metric} is given twice; leave one out")
-        try:
-            limit = float(number)
-        except ValueError:
-            limit = math.nan
-        if not (math.isfinite(limit) and limit > 0):
-            raise UsageError(
-                f"--keep {text}: expected a number above 0, as in {metric}=0.98, found {number!r}"
-            )
-        if limit > (best := _best(metric)):
-            raise UsageError(
-                f"--keep {text}: the dense model itself has {best:g}; ask for less than that"
-            )
-        budget[metric] = limit
+    budget = parse_keep(keep)
     if not budget:
         raise UsageError("no budget to keep; give at least one --keep, such as clip_score=0.98")
     return budget
-
-
-def _best(metric: str) -> float:
-    """The most that the dense model has, in the terms of the limit, where more is better."""
-    return 1.0 if metric == "ssim" or isinstance(load_metric(metric), Score) else math.inf
 
 
 def judge(

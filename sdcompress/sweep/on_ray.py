@@ -91,7 +91,10 @@ def run_on_ray(
                 continue
             result = PointResult.model_validate_json(answer)
             if result.digest != point_digest(dense, recipe, settings):
-                reason = "its worker has other versions of torch and the like than this machine"
+                reason = result.failed or (
+                    "its worker has other versions of torch and the like than this machine, or "
+                    "other files where the settings name some"
+                )
                 result = failed_point(dense, recipe, settings, reason)
             yield result
         if sent:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sdcompress.bundle import Bundle, to_json, tool_versions, write_json
+from sdcompress.bundle import Bundle, locked, to_json, tool_versions, write_json
 from sdcompress.catalog import COMPONENTS, read_catalog
 from sdcompress.errors import InputError, SdcompressError
+from sdcompress.evaluation.files import content
+from sdcompress.evaluation.metrics._clip import SHIPPED
 from sdcompress.evaluation.quality import Quality, QualitySettings
 from sdcompress.patterns import parse_pattern
 from sdcompress.plan import Accounting, account, make_plan
@@ -126,14 +129,30 @@ def point_recipe(point: Point, base: Recipe | None = None) -> Recipe:
 
 
 def point_digest(dense: Bundle, recipe: Recipe, settings: QualitySettings) -> str:
-    """The digest of all that decides a point's answer: model, recipe, pictures and tools."""
+    """The digest of all that decides a point's answer: model, recipe, pictures, tools, and what
+    lies where recipe and settings name files.
+    """
     made_of = {
         "dense": dense.digest,
         "recipe": recipe.model_dump(mode="json", include=DECIDES),
         "settings": settings.model_dump(mode="json"),
         "tools": tool_versions(),
+        **_named_files(recipe, settings),
     }
     return hashlib.sha256(to_json(made_of).encode()).hexdigest()
+
+
+def _named_files(recipe: Recipe, settings: QualitySettings) -> dict[str, str]:
+    """Digests of the files that are there by their names; whoever needs the others says so."""
+    named = settings.model_dump(
+        include={"clip", "real_images", "real_statistics", "inception_weights"}
+    )
+    if settings.clip == SHIPPED:
+        del named["clip"]
+    if recipe.tune:
+        named["images"] = recipe.tune.images
+    places = {name: Path(place).expanduser() for name, place in named.items() if place}
+    return {name: content(place) for name, place in places.items() if place.exists()}
 
 
 def measure_point(
@@ -236,6 +255,28 @@ def _made(dense: Bundle, recipe: Recipe, folder: Path) -> Bundle:
         out, checkpoints = folder / "tuned", folder / "checkpoints"
         model = tune(model, recipe.tune, out, dense=dense, replace=True, checkpoints=checkpoints)
     return model
+
+
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Hold the folder of a sweep or a search, which is made if need be, against any other.
+
+    Raises:
+        InputError: another is at work there, or it cannot be made.
+    """
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{work}: cannot be created ({e.strerror}); check the path") from e
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(work, wait=False))
+        except BlockingIOError as e:
+            raise InputError(
+                f"{work}: another sweep or search is at work there; wait for it or choose another "
+                "folder"
+            ) from e
+        yield
 
 
 def save_point(work: Path, result: PointResult) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sdcompress.bundle import Bundle, locked, write_text
+from sdcompress.bundle import Bundle, write_text
 from sdcompress.catalog import read_catalog
 from sdcompress.errors import InputError, UsageError
-from sdcompress.evaluation.metrics import load_metric, metric_names
+from sdcompress.evaluation.metrics import Score, load_metric, metric_names
 from sdcompress.evaluation.quality import QualitySettings
 from sdcompress.plan import make_plan
 from sdcompress.recipe import Recipe
@@ -18,6 +17,7 @@ from sdcompress.sweep.outcome import Sweep, gather, table
 from sdcompress.sweep.points import (
     Point,
     PointResult,
+    alone,
     contact_strip,
     dense_pictures,
     point_digest,
@@ -53,7 +53,8 @@ def sweep(
 
     Raises:
         UsageError: a point does not fit the model, a metric cannot run, or `keep` names another.
-        InputError: another sweep is at work in `out`, or it cannot be written.
+        InputError: another sweep or search is at work in `out`, it cannot be written, or files that
+            the settings name changed meanwhile.
     """
     from sdcompress.evaluation.pictures import make as make_pictures
 
@@ -66,7 +67,7 @@ def sweep(
     for recipe in recipes:
         make_plan(recipe, catalog)
     digests = [point_digest(dense, recipe, settings) for recipe in recipes]
-    with _alone(out):
+    with alone(out):
         known = {digest: read_point(out, digest) for digest in digests}
         answers = {digest: answer for digest, answer in known.items() if answer and answer.quality}
         left = {d: r for d, r in zip(digests, recipes, strict=True) if d not in answers}
@@ -90,6 +91,11 @@ def sweep(
                 save_point(out, answer)
                 answers[answer.digest] = answer
                 progress("points", len(answers), total)
+        if not answers.keys() >= set(digests):
+            raise InputError(
+                f"{out}: files that the settings name changed while points were measured; repeat "
+                "the command"
+            )
         results = [(p, answers[d]) for p, d in zip(points, digests, strict=True)]
         outcome = gather(dense, results, settings, keep, preset)
         _write_outcome(out, outcome, list(answers.values()), contact_strip(held_against[0]))
@@ -126,26 +132,42 @@ def _write_outcome(out: Path, outcome: Sweep, answers: Sequence[PointResult], de
     write_text(out / PAGE, render(outcome, draw(outcome, out), strips, dense))
 
 
-def parse_keep(texts: Sequence[str]) -> dict[str, float]:
-    """Metric → limit, from texts such as "clip_score=0.98".
+def parse_keep(texts: Iterable[str]) -> dict[str, float]:
+    """Metric → limit, from texts such as "clip_score=0.98"; what it means, `quality.margin` says.
 
     Raises:
-        UsageError: one is not of this form, names no metric, or names one twice.
+        UsageError: one is malformed, unknown or given twice, or a limit is not above 0 or one that
+            the dense model itself does not keep.
     """
     found: dict[str, float] = {}
     for text in texts:
-        name, _, limit = text.partition("=")
-        try:
-            number = float(limit)
-        except ValueError:
-            number = math.nan
-        if name not in metric_names() or name in found or not math.isfinite(number):
+        metric, _, number = (part.strip() for part in text.partition("="))
+        if metric not in metric_names():
             raise UsageError(
-                f"--keep {text}: expected METRIC=LIMIT, such as clip_score=0.98, once for each of "
-                f"{', '.join(metric_names())}"
+                f"--keep {text}: expected METRIC=LIMIT with one of {', '.join(metric_names())}, "
+                f"found {metric!r}"
             )
-        found[name] = number
+        if metric in found:
+            raise UsageError(f"--keep {metric} is given twice; leave one out")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = math.nan
+        if not (math.isfinite(limit) and limit > 0):
+            raise UsageError(
+                f"--keep {text}: expected a number above 0, as in {metric}=0.98, found {number!r}"
+            )
+        if limit > (best := _best(metric)):
+            raise UsageError(
+                f"--keep {text}: the dense model itself has {best:g}; ask for less than that"
+            )
+        found[metric] = limit
     return found
+
+
+def _best(metric: str) -> float:
+    """The most that the dense model has, in the terms of the limit, where more is better."""
+    return 1.0 if metric == "ssim" or isinstance(load_metric(metric), Score) else math.inf
 
 
 def _tolerance(keep: Mapping[str, float] | None, settings: QualitySettings) -> dict[str, float]:
@@ -158,19 +180,3 @@ def _tolerance(keep: Mapping[str, float] | None, settings: QualitySettings) -> d
             )
         return dict(keep)
     return {name: limit for name, limit in DEFAULT_KEEP.items() if name in settings.metrics}
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{out}: cannot be created ({e.strerror}); check the path") from e
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(out, wait=False))
-        except BlockingIOError as e:
-            raise InputError(
-                f"{out}: another sweep is at work there; wait for it or choose another --output"
-            ) from e
-        yield

@@ -98,6 +98,9 @@ def load_models(path: Path, device: Any) -> dict[str, Module]:
     """text_encoder and unet of a diffusers directory in fp32, frozen."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of its own; ours are on terminals only
 
     classes: dict[str, Any] = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
     models: dict[str, Module] = {}

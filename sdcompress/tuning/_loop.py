@@ -350,6 +350,7 @@ class _Training:
         self._schedule.load_state_dict(state["schedule"])
         if self._average:
             self._average.load_state_dict(state["average"])
+            self._average.to(job.accelerator.device)
         if job.accelerator.scaler:
             job.accelerator.scaler.load_state_dict(state["scaler"])
         self._keeper.restore(state["keeper"])
@@ -411,8 +412,11 @@ def _as_module(job: Job, loss: Loss) -> Module:
 
 def _checkpoint_gradients(students: Mapping[str, Any]) -> None:
     students["unet"].enable_gradient_checkpointing()
-    students["text_encoder"].gradient_checkpointing_enable({"use_reentrant": False})
-    students["text_encoder"].train()  # transformers does it for models in training only
+    text_encoder = students["text_encoder"]
+    # transformers 5 has renamed it.
+    enable = getattr(text_encoder, "activation_checkpointing_enable", None)
+    (enable or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
+    text_encoder.train()  # transformers does it for models in training only
 
 
 # What may change between a checkpoint and what goes on from it.

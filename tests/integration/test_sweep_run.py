@@ -215,9 +215,19 @@ def test_refused_before_any_work(tiny_source: Bundle, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with (
         locked(tmp_path),
-        pytest.raises(InputError, match="another sweep is at work there; wait for it"),
+        pytest.raises(InputError, match="another sweep or search is at work there; wait for it"),
     ):
         sweep(tiny_source, POINTS, SETTINGS, tmp_path)
+
+
+def test_files_that_change_meanwhile_make_no_answer(
+    tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are of other files than were asked for, so they have other digests."""
+    monkeypatch.setattr("sdcompress.sweep.run._run", lambda *_: iter(()))
+    with pytest.raises(InputError, match="changed while points were measured; repeat"):
+        sweep(tiny_source, POINTS, SETTINGS, tmp_path)
+    assert not (tmp_path / "sweep.json").exists()
 
 
 def _die(*_: object, **__: object) -> None:

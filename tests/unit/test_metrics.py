@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,15 +163,23 @@ def test_lpips_of_nearer_pictures_is_less(untrained_alexnet: ModuleType) -> None
 
 
 def test_lpips_says_what_it_lacks(tiny_source: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdcompress.evaluation.metrics import lpips
+
     metric = load_metric("lpips")
     monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "torchvision" else name)
     assert metric.missing() == "install it with `pip install 'sdcompress[lpips]'`"
     monkeypatch.setattr(metrics, "find_spec", lambda name: name)
     why = metric.why_not(SETTINGS, tiny_source)  # 16 pixels
     assert why == "needs 64 pixels a side, found 16; pass --height and --width"
-    assert (
-        metric.why_not(SETTINGS.model_copy(update={"height": 64, "width": 64}), tiny_source) is None
-    )
+    large = SETTINGS.model_copy(update={"height": 64, "width": 64})
+
+    def fail() -> None:
+        raise InputError("lpips: torchvision cannot fetch the weights of AlexNet; choose others")
+
+    monkeypatch.setattr(lpips, "_network", fail)  # before pictures are made, not after
+    assert (metric.why_not(large, tiny_source) or "").startswith("torchvision cannot fetch")
+    monkeypatch.setattr(lpips, "_network", lambda: None)
+    assert metric.why_not(large, tiny_source) is None
 
 
 # CLIP -----------------------------------------------------------------------------------------
@@ -212,6 +221,17 @@ def test_clip_embeds_a_batch_of_pictures_once(monkeypatch: pytest.MonkeyPatch) -
 def test_a_long_prompt_is_cut_for_clip() -> None:
     made = batch(noisy(0, 1), "a large red circle " * 40)
     assert np.isfinite(score("clip_score", made)).all()
+
+
+def test_a_long_prompt_is_cut_though_the_tokenizer_does_not_know_where(tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    shutil.copytree(WEIGHTS / "clip", clip)
+    config = json.loads((clip / "tokenizer_config.json").read_text())
+    del config["model_max_length"]
+    (clip / "tokenizer_config.json").write_text(json.dumps(config))
+    made = noisy(0, 1), "a large red circle " * 40
+    found = score("clip_score", batch(*made, clip=str(clip)))
+    np.testing.assert_array_equal(found, score("clip_score", batch(*made)))
 
 
 def test_a_clip_that_cannot_be_had(tmp_path: Path, tiny_source: Bundle) -> None:
@@ -306,14 +326,31 @@ def test_the_inception_network_is_torchmetrics_own(monkeypatch: pytest.MonkeyPat
 
 
 def test_inception_fid_says_what_to_pass(
-    tiny_source: Bundle, monkeypatch: pytest.MonkeyPatch
+    tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sdcompress.evaluation.metrics import inception_fid
+
     metric = load_metric("inception_fid")
     monkeypatch.setattr(metrics, "find_spec", lambda name: name)
     why = metric.why_not(SETTINGS, tiny_source)
     assert why == "compares with real images: pass --real-images DIR or --real-statistics FILE"
-    given = SETTINGS.model_copy(update={"real_statistics": "coco.npz"})
+    np.savez(tmp_path / "coco.npz", mu=np.zeros(3), sigma=np.eye(3))
+    given = SETTINGS.model_copy(update={"real_statistics": str(tmp_path / "coco.npz")})
+
+    def fail(weights: str | None) -> None:
+        raise InputError("the Inception network cannot be loaded; pass --inception-weights FILE")
+
+    # All of it before pictures are made, which takes hours.
+    monkeypatch.setattr(inception_fid, "_network", fail)
+    assert "pass --inception-weights" in (metric.why_not(given, tiny_source) or "")
+    monkeypatch.setattr(inception_fid, "_network", lambda weights: None)
     assert metric.why_not(given, tiny_source) is None
+    for name, message in (
+        ("real_statistics", "none: expected an .npz"),
+        ("real_images", "none: expected a folder of images, found 0"),
+    ):
+        wrong = SETTINGS.model_copy(update={name: str(tmp_path / "none")})
+        assert message in (metric.why_not(wrong, tiny_source) or "")
 
 
 def test_statistics_of_a_folder_are_computed_once(
@@ -349,6 +386,12 @@ def test_statistics_of_a_folder_are_computed_once(
     Image.fromarray(pictures[0][::-1]).save(folder / "0.png")
     reference(settings, tmp_path / "work")
     assert len(sizes) == 8
+    weights = tmp_path / "weights.pth"
+    for count, data in ((12, b"one"), (12, b"one"), (16, b"two")):  # under the same name
+        weights.write_bytes(data)
+        given = settings.model_copy(update={"inception_weights": str(weights)})
+        reference(given, tmp_path / "work")
+        assert len(sizes) == count
 
     (folder / "1.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match="1.jpg: a broken image"):
@@ -357,6 +400,23 @@ def test_statistics_of_a_folder_are_computed_once(
     empty = settings.model_copy(update={"real_images": str(tmp_path / "empty")})
     with pytest.raises(InputError, match="expected a folder of images, found 0"):
         reference(empty, tmp_path)
+
+
+def test_real_images_of_many_sizes_are_held_a_batch_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdcompress.evaluation.metrics import inception_fid
+
+    for i in range(12):
+        Image.fromarray(noisy(i, 1, 8 + i // 3)[0]).save(tmp_path / f"{i % 3}-{i}.png")
+    read: list[Path] = []
+    pixels = inception_fid._pixels
+    monkeypatch.setattr(inception_fid, "_pixels", lambda f: read.append(f) or pixels(f))
+    shapes = []
+    for found in inception_fid._same_sizes(sorted(tmp_path.iterdir()), 2):
+        shapes.append(found.shape[:2])
+        assert len(read) == sum(n for n, _ in shapes)
+    assert shapes == [(n, side) for side in (8, 9, 10, 11) for n in (2, 1)]
 
 
 @pytest.mark.parametrize(

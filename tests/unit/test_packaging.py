@@ -21,6 +21,8 @@ PACKAGES = ("sdcompress", "export")
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # These come with a direct dependency that could not do without them.
 COME_WITH = {"google": "onnx", "markupsafe": "jinja2", "onnx_ir": "onnxscript"}
+# What some people want and nobody has to have.
+OPTIONAL = ("rtx", "tensorrt", "optimum", "ray", "tensorboard", "fid", "lpips")
 RUNTIMES = {"onnxruntime", "onnxruntime-gpu"}
 
 
@@ -72,14 +74,14 @@ def test_types_are_shipped(package: str) -> None:
 
 def test_extras() -> None:
     extras = set(metadata("sdcompress").get_all("Provides-Extra") or [])
-    assert extras == {"cpu", "gpu", "rtx", "tensorrt", "optimum", "test", "dev"}
+    assert extras == {"cpu", "gpu", "test", "dev", *OPTIONAL}
     assert requirements("cpu").keys() == {"onnxruntime"}
     assert requirements("gpu").keys() == {"onnxruntime-gpu"}
 
 
 def test_only_cpu_and_gpu_bring_a_runtime() -> None:
     """The two runtimes install the same files over each other: nothing else may choose one."""
-    for extra in (None, "rtx", "tensorrt", "optimum", "test", "dev"):
+    for extra in (None, "test", "dev", *OPTIONAL):
         assert not RUNTIMES & requirements(extra).keys()
     # optimum-onnx's own extras would bring one; the plain package does not
     assert "[" not in requirements("optimum")["optimum-onnx"]
@@ -97,7 +99,7 @@ def test_every_import_is_a_dependency_and_every_dependency_is_used() -> None:
                 imported.add(node.module.partition(".")[0])
     third_party = imported - set(sys.stdlib_module_names) - set(PACKAGES)
     base = requirements().keys()
-    extras = {name for extra in ("cpu", "gpu", "rtx", "tensorrt") for name in requirements(extra)}
+    extras = {name for extra in ("cpu", "gpu", *OPTIONAL) for name in requirements(extra)}
     needed = {
         DISTRIBUTIONS.get(name, name).lower().replace("_", "-")
         for name in third_party - COME_WITH.keys()
@@ -115,7 +117,7 @@ def test_constraints_pin_every_dependency() -> None:
             name, version = re.fullmatch(r"([\w.-]+)==([^;]+)(;.*)?", line).group(1, 2)  # type: ignore[union-attr]
             pins.setdefault(name.lower().replace("_", "-"), []).append(version)
     assert pins["torch"] == ["2.13.0"]
-    for extra in (None, "cpu", "gpu", "rtx", "optimum", "test", "dev"):
+    for extra in (None, "cpu", "gpu", "rtx", "optimum", "ray", "tensorboard", "test", "dev"):
         for name in requirements(extra):
             assert name in pins, f"{name} has no pin"
 

@@ -121,3 +121,29 @@ def test_a_component_the_model_lacks_is_refused(sd2: Catalog) -> None:
 def test_a_missing_component_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected safetensors weights, found nothing"):
         read_catalog(tmp_path)
+
+
+def test_a_criterion_that_looks_at_activations_is_planned_by_row(tiny_sd: Path) -> None:
+    rules = [{"criterion": "wanda", "sparsity": 0.37}]
+    plan = make_plan(_recipe(rules), read_catalog(tiny_sd))
+    for layer in (p for p in plan.of("unet") if p.pruned):
+        rows, width = layer.shape[0], layer.numel // layer.shape[0]
+        assert layer.zeros == rows * int(0.37 * width + 0.5)
+
+
+def test_one_threshold_over_all_does_not_go_with_rows(tiny_sd: Path) -> None:
+    rules = [{"criterion": "wanda", "sparsity": 0.5}]
+    with pytest.raises(UsageError, match="wanda compares weights within each output row"):
+        make_plan(_recipe(rules, "global"), read_catalog(tiny_sd))
+
+
+def test_a_criterion_that_needs_what_nobody_collects_is_refused(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdcompress import plan
+    from sdcompress.criteria import Criterion
+
+    unheard = Criterion(needs=frozenset({"taste"}), score=lambda weight, stats: weight)
+    monkeypatch.setattr(plan, "load_criterion", lambda name: unheard)
+    with pytest.raises(UsageError, match="needs taste, which nothing collects yet"):
+        make_plan(_recipe([{"sparsity": 0.5}]), read_catalog(tiny_sd))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sdcompress.bundle import Bundle, SourceRecord
 from sdcompress.errors import InputError, SdcompressError
 from sdcompress.patterns import Pattern, violations, zeros_for
-from sdcompress.prune import prune
+from sdcompress.prune import decisive, prune
 from sdcompress.recipe import Recipe
 from tests.tiny_sd import make_tiny_sd
 
@@ -168,3 +168,79 @@ def test_weights_below_zero_count_by_size(tmp_path: Path) -> None:
     section = {"allocation": "global", "rules": [{"scope": "conv", "sparsity": 0.2}]}
     bundle = prune(_source(model), _recipe(section), tmp_path / "p")
     assert int((load_file(bundle.path / UNET)["conv_in.weight"] == 0).sum()) == 0
+
+
+WANDA = {"rules": [{"criterion": "wanda", "sparsity": 0.5}, {"layers": "conv_in", "sparsity": 0.5}]}
+CALIBRATION = {"prompts": ["a red cat"], "steps": 1}
+
+
+def test_wanda_prunes_by_what_calibration_records(tiny_source: Bundle, tmp_path: Path) -> None:
+    from sdcompress.calibrate import collect
+
+    recipe = _recipe(WANDA, calibration=CALIBRATION)
+    seen: list[tuple[str, int, int]] = []
+    bundle = prune(tiny_source, recipe, tmp_path / "p", progress=lambda *now: seen.append(now))
+    assert bundle.manifest.plan
+    layers = {p.name: p for p in bundle.manifest.plan.of("unet") if p.pruned}
+    before, after = load_file(tiny_source.path / UNET), load_file(bundle.path / UNET)
+    wanted = {"unet": {name: frozenset({"input_sq_norm"}) for name in layers}}
+    recorded = collect(tiny_source, wanted, recipe.calibration)["unet"]
+    for name, layer in layers.items():
+        gone = (after[name] == 0).flatten(1)
+        scores = before[name].abs()
+        if name == "conv_in.weight":
+            assert layer.criterion == "magnitude"
+        else:
+            scores = scores * recorded[name]["input_sq_norm"].sqrt()
+            assert (gone.sum(1) == zeros_for(0.5, gone.shape[1])).all()
+            highest_gone = torch.where(gone, scores.flatten(1), 0).amax(1)
+            lowest_kept = torch.where(gone, torch.inf, scores.flatten(1)).amin(1)
+            assert (highest_gone <= lowest_kept).all()
+    assert bundle.manifest.recipe
+    assert bundle.manifest.recipe["calibration"] == {
+        "prompts": ["a red cat"],
+        "count": 1,
+        "seed": 0,
+        "steps": 1,
+        "guidance": 7.5,
+    }
+    assert seen[0] == ("calibrating", 1, 1)
+    assert {what for what, *_ in seen} == {"calibrating", "pruning"}
+    what, done, total = seen[-1]
+    assert what == "pruning"
+    assert done == total
+    assert prune(tiny_source, recipe, tmp_path / "again").digest == bundle.digest
+
+
+def test_where_no_criterion_asks_nothing_is_painted(
+    tiny_source: Bundle, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sdcompress.calibrate
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(sdcompress.calibrate, "load_pipeline", refuse)
+    bundle = prune(tiny_source, recipe, tmp_path / "p")
+    assert bundle.manifest.recipe
+    assert "calibration" not in bundle.manifest.recipe
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        prune(tiny_source, _recipe(WANDA), tmp_path / "q")
+
+
+def test_the_calibration_decides_only_where_a_criterion_asks(recipe: Recipe) -> None:
+    other = {"calibration": recipe.calibration.model_copy(update={"count": 3})}
+    assert decisive(recipe) == decisive(recipe.model_copy(update=other))
+    wanda = _recipe(WANDA)
+    assert decisive(wanda) != decisive(wanda.model_copy(update=other))
+    assert set(decisive(wanda)) == {"name", "seed", "prune", "calibration"}
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_painted(
+    tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sdcompress.prune as module
+
+    monkeypatch.setattr(module, "collect", None)
+    with pytest.raises(InputError, match="already exists"):
+        prune(tiny_source, _recipe(WANDA), tmp_path)

@@ -87,6 +87,36 @@ def test_what_cannot_be_measured(
         default_settings(mini, samples, **{"metrics": ["psnr"], **given})
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "m", "--against", "m"],
+        ["sweep", "m", "-o", "o"],
+        ["search", "m", "-o", "o", "--keep", "psnr=1"],
+    ],
+)
+def test_numbers_that_no_picture_has_are_refused_where_they_are_typed(command: list[str]) -> None:
+    from click import BadParameter
+
+    from sdcompress.commands import cli
+
+    for option, number in (("--seed", 1 << 33), ("--steps", 1001)):
+        with pytest.raises(BadParameter, match="not in the range"):
+            cli.main([*command, option, str(number)], standalone_mode=False)
+
+
+def test_pictures_of_a_few_prompts_over_again_are_no_sample_of_prompts(
+    tiny_source: Bundle, tmp_path: Path
+) -> None:
+    assert quality_module._repeated(("a", "b", "a")) == ()  # as it comes in random draws
+    settings = SETTINGS.model_copy(update={"prompts": PROMPTS[:2] * 2, "metrics": ("psnr",)})
+    found = evaluate(tiny_source, tiny_source, settings, work=tmp_path).metrics["psnr"]
+    assert found.warnings == (
+        "4 pictures of 2 prompts: the interval takes each for one of its own and is too narrow for "
+        "other prompts; pass --prompts with 4",
+    )
+
+
 # The study's protocol -------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_a_changed_byte_is_noticed(tiny_source: Bundle, tmp_path: Path, position
 
 
 def test_folders_are_named_after_what_decides_the_pictures(
-    tiny_source: Bundle, pruned: Bundle, tmp_path: Path
+    tiny_source: Bundle, pruned: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def folder(bundle: Bundle = tiny_source, **changes: object) -> Path:
         return Pictures.of(bundle, SETTINGS.model_copy(update=changes), tmp_path).folder
@@ -128,6 +129,10 @@ def test_folders_are_named_after_what_decides_the_pictures(
     others += [{"prompts": PROMPTS[:2]}, {"height": 32}]
     folders = {folder(), folder(pruned), *(folder(**changes) for changes in others)}
     assert len(folders) == len(others) + 2
+    monkeypatch.setattr(
+        module, "processes", lambda: SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    )
+    assert folder() not in folders  # it rounds otherwise
     assert folder(pruned).name.startswith(f"pruned-{pruned.digest[:8]}-seed7-")
 
 

@@ -465,6 +465,22 @@ def test_a_search_that_was_killed_goes_on(
     assert run(tiny_source, work, monkeypatch, again) == found
 
 
+def test_what_is_wrong_with_pictures_is_said_of_the_point(
+    tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Black(Measured):
+        def __call__(self, *asked: Any, **more: Any) -> PointResult:
+            found = super().__call__(*asked, **more)
+            assert found.quality
+            if self.asked[-1] != {"unet": 0.5}:
+                return found
+            black = found.quality.model_copy(update={"warnings": ("1 of 2 pictures is black",)})
+            return found.model_copy(update={"quality": black})
+
+    found = run(tiny_source, tmp_path, monkeypatch, Black())
+    assert found.warnings == ("unet 0.5: 1 of 2 pictures is black",)
+
+
 @pytest.mark.parametrize(
     ("most", "best"),
     [
@@ -561,5 +577,8 @@ def test_what_can_be_known_is_refused_before_anything_is_measured(
 def test_two_searches_do_not_share_a_folder(
     tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with locked(tmp_path), pytest.raises(InputError, match="another search is at work there"):
+    with (
+        locked(tmp_path),
+        pytest.raises(InputError, match="another sweep or search is at work there"),
+    ):
         run(tiny_source, tmp_path, monkeypatch, Measured())

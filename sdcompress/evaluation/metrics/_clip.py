@@ -55,7 +55,10 @@ def _embed_prompts(name: str, prompts: tuple[str, ...]) -> Tensor:
     import torch
 
     model, tokenizer, _ = _load(name)
-    inputs = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+    longest = model.config.text_config.max_position_embeddings  # a tokenizer may not know it
+    inputs = tokenizer(
+        list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    )
     with torch.no_grad():
         # Not get_text_features, which returns different things in transformers 4 and 5.
         pooled = model.text_model(**inputs.to(model.device)).pooler_output

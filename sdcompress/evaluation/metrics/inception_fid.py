@@ -8,7 +8,10 @@ torchmetrics runs it. The real images are a folder, or statistics saved earlier:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,8 @@ from sdcompress.errors import InputError
 from sdcompress.evaluation.metrics import Batch, Distance
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sdcompress.bundle import Bundle
     from sdcompress.evaluation.metrics import Floats, Images
     from sdcompress.evaluation.quality import QualitySettings
@@ -50,9 +55,10 @@ def _network(weights: str | None) -> Any:
     try:
         metric = FrechetInceptionDistance(FEATURES, feature_extractor_weights_path=weights)
     except (OSError, RuntimeError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(
             f"the Inception network cannot be loaded from {weights or 'its home on the network'} "
-            f"({str(e).splitlines()[0]}); pass --inception-weights FILE"
+            f"({reason}); pass --inception-weights FILE"
         ) from e
     return metric.inception.to(processes().device)
 
@@ -96,15 +102,13 @@ def _of_folder(folder: Path, settings: QualitySettings, work: Path) -> Gaussian:
     """The statistics of a folder's images, kept under `work` for the next evaluation."""
     import numpy as np
 
-    from sdcompress.bundle import sha256_file
+    from sdcompress.evaluation.files import content
     from sdcompress.evaluation.pictures import replace_file
     from sdcompress.evaluation.statistics import Gaussian, gaussian
 
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES and f.is_file())
-    if len(files) < 2:
-        raise InputError(f"{folder}: expected a folder of images, found {len(files)}; add some")
-    digests = [sha256_file(f) for f in files]
-    made_of = "\n".join([settings.inception_weights or "", *digests])
+    files = _files(folder)
+    weights = settings.inception_weights
+    made_of = "\n".join([content(Path(weights)) if weights else "", *map(content, files)])
     kept = work / f"real-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.npz"
     if kept.is_file():
         found = read_statistics(kept)
@@ -119,29 +123,60 @@ def _of_folder(folder: Path, settings: QualitySettings, work: Path) -> Gaussian:
     return statistics
 
 
-def _same_sizes(files: list[Path], batch: int) -> Any:
-    """The images in batches of one size each, since the network resizes them itself."""
+def _files(folder: Path) -> list[Path]:
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES and f.is_file())
+    if len(files) < 2:
+        raise InputError(f"{folder}: expected a folder of images, found {len(files)}; add some")
+    return files
+
+
+def _same_sizes(files: list[Path], batch: int) -> Iterator[Images]:
+    """The images in batches of one size each, since the network resizes them itself.
+
+    Sizes are read first: real images come in thousands of them, and no more than a batch is held.
+    """
     import numpy as np
+
+    sizes = {}
+    for file in files:
+        with _opened(file) as image:
+            sizes[file] = image.size
+    for _, group in groupby(sorted(files, key=sizes.__getitem__), sizes.__getitem__):
+        alike = list(group)
+        for start in range(0, len(alike), batch):
+            yield np.stack([_pixels(file) for file in alike[start : start + batch]])
+
+
+def _pixels(file: Path) -> Images:
+    import numpy as np
+
+    with _opened(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image]:
     from PIL import Image
 
-    waiting: dict[tuple[int, int], list[Images]] = {}
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as e:
-            raise InputError(f"{file}: a broken image; remove it or copy it again") from e
-        group = waiting.setdefault(pixels.shape[:2], [])
-        group.append(pixels)
-        if len(group) == batch:
-            yield np.stack(waiting.pop(pixels.shape[:2]))
-    for group in waiting.values():
-        yield np.stack(group)
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError) as e:
+        raise InputError(f"{file}: a broken image; remove it or copy it again") from e
 
 
 def _possible(settings: QualitySettings, dense: Bundle) -> str | None:
+    """Everything but the pictures is looked at, since those take hours."""
     if settings.real_images is None and settings.real_statistics is None:
         return "compares with real images: pass --real-images DIR or --real-statistics FILE"
+    try:
+        if settings.real_statistics:
+            read_statistics(Path(settings.real_statistics))
+        elif settings.real_images:
+            _files(Path(settings.real_images))
+        _network(settings.inception_weights)
+    except InputError as e:
+        return str(e)
     return None
 
 

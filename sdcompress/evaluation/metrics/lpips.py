@@ -59,6 +59,10 @@ def _possible(settings: QualitySettings, dense: Bundle) -> str | None:
     smallest = min(picture_size(dense.path, settings.height, settings.width))
     if smallest < SMALLEST:
         return f"needs {SMALLEST} pixels a side, found {smallest}; pass --height and --width"
+    try:
+        _network()  # now, and not when all pictures are made
+    except InputError as e:
+        return str(e).removeprefix("lpips: ")
     return None
 
 
