@@ -189,9 +189,9 @@ def _listening(pipeline: Any, wanted: Wanted) -> Iterator[dict[tuple[str, str], 
 
 
 def _module(root: nn.Module, layer: str) -> nn.Module:
-    # Files say text_model.encoder…; the modules of transformers 5 begin at encoder.
     name = layer.removesuffix(".weight")
-    for spelling in (name, name.removeprefix("text_model.")):
+    prefix = "text_model."  # of transformers 4; 5 has neither such modules nor writes such files
+    for spelling in (name, name.removeprefix(prefix), prefix + name):
         with suppress(AttributeError):
             return root.get_submodule(spelling)
     raise InputError(

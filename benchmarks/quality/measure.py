@@ -36,6 +36,8 @@ ENOUGH = 0.05  # a wider half-width decides nothing
 TO_REGAIN = 0.95  # of the dense prompt accuracy
 TUNING_MINUTES = 10.0
 ACCURACY = "prompt_accuracy"
+# What `tune` is told besides its defaults.
+TUNE = ("--steps", "600", "--learning-rate", "1e-3", "--warmup", "20")
 SWEEPS = {
     "text_encoder": "0.5,0.6,0.7,0.75,0.8,0.85,0.9,0.95",
     "unet": "0.1,0.2,0.3,0.4,0.5,0.6,0.7",
@@ -142,9 +144,6 @@ def main() -> None:
     }
     write_json(HERE / "results.json", results)
 
-
-# What `tune` is told besides its defaults.
-TUNE: tuple[str, ...] = ()
 
 if __name__ == "__main__":
     main()

@@ -108,6 +108,14 @@ class Pictures:
         return f"{self.key}/{index}"
 
 
+def dense_pictures(
+    dense: Bundle, settings: QualitySettings, work: Path
+) -> tuple[Pictures, Pictures]:
+    """What a model is held against: the dense model's pictures, and those at other seeds."""
+    others = settings.model_copy(update={"seed": settings.seed + len(settings.prompts)})
+    return Pictures.of(dense, settings, work), Pictures.of(dense, others, work)
+
+
 def make(wanted: Sequence[Pictures], tick: Callable[[int], None]) -> None:
     """Make what is missing of one bundle's pictures, for several seeds; told how many more exist.
 

@@ -183,7 +183,7 @@ def evaluate(
     from accelerate.utils import broadcast_object_list
 
     from sdcompress.evaluation.metrics._clip import default_clip
-    from sdcompress.evaluation.pictures import Pictures, make
+    from sdcompress.evaluation.pictures import Pictures, dense_pictures, make
     from sdcompress.evaluation.processes import processes
 
     settings = settings.model_copy(update={"clip": settings.clip or default_clip(dense)})
@@ -191,12 +191,8 @@ def evaluate(
     for name in settings.metrics:
         if why := load_metric(name).why_not(settings, dense):
             raise UsageError(f"{name}: {why}")
-    others = settings.model_copy(update={"seed": settings.seed + len(settings.prompts)})
-    sets = {
-        "model": Pictures.of(model, settings, work),
-        "dense": Pictures.of(dense, settings, work),
-        "floor": Pictures.of(dense, others, work),
-    }
+    same, others = dense_pictures(dense, settings, work)
+    sets = {"model": Pictures.of(model, settings, work), "dense": same, "floor": others}
     if sets["model"].size != sets["dense"].size:
         raise UsageError(
             f"pictures of {sets['model'].size} and {sets['dense'].size} pixels cannot be compared; "

@@ -13,15 +13,10 @@ from typing import Any, NamedTuple
 
 from sdcompress.bundle import Bundle, locked, sha256_file, staging
 from sdcompress.errors import InputError, UsageError
+from sdcompress.evaluation.pictures import dense_pictures
 from sdcompress.evaluation.quality import QualitySettings
 from sdcompress.recipe import Recipe
-from sdcompress.sweep.points import (
-    PointResult,
-    dense_pictures,
-    failed_point,
-    point_digest,
-    try_point,
-)
+from sdcompress.sweep.points import PointResult, failed_point, point_digest, try_point
 
 RETRIES = 4  # of a task whose worker died
 TOKEN = ".sweep"

@@ -299,14 +299,6 @@ def read_point(work: Path, digest: str) -> PointResult | None:
         raise InputError(f"{file}: not a point this version understands; remove the file") from e
 
 
-def dense_pictures(dense: Bundle, settings: QualitySettings, work: Path) -> list[Pictures]:
-    """What all points are held against: the dense model's pictures, and those at other seeds."""
-    from sdcompress.evaluation.pictures import Pictures
-
-    others = settings.model_copy(update={"seed": settings.seed + len(settings.prompts)})
-    return [Pictures.of(dense, seeds, work) for seeds in (settings, others)]
-
-
 def contact_strip(pictures: Pictures) -> str:
     """The first pictures side by side and small, as a data URI."""
     import base64

@@ -19,7 +19,6 @@ from sdcompress.sweep.points import (
     PointResult,
     alone,
     contact_strip,
-    dense_pictures,
     point_digest,
     point_recipe,
     read_point,
@@ -56,6 +55,7 @@ def sweep(
         InputError: another sweep or search is at work in `out`, it cannot be written, or files that
             the settings name changed meanwhile.
     """
+    from sdcompress.evaluation.pictures import dense_pictures
     from sdcompress.evaluation.pictures import make as make_pictures
 
     keep = _tolerance(keep, settings)

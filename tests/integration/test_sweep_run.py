@@ -17,11 +17,12 @@ import torch
 
 from sdcompress.bundle import Bundle, locked
 from sdcompress.errors import InputError, SdcompressError, UsageError
+from sdcompress.evaluation.pictures import dense_pictures
 from sdcompress.evaluation.quality import QualitySettings, evaluate
 from sdcompress.models.sources import resolve
 from sdcompress.sweep import points as sweep_points
 from sdcompress.sweep.grid import grid
-from sdcompress.sweep.points import Part, Point, dense_pictures, measure_point, point_recipe
+from sdcompress.sweep.points import Part, Point, measure_point, point_recipe
 from sdcompress.sweep.processes import run_here
 from sdcompress.sweep.run import sweep
 
