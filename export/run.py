@@ -106,6 +106,8 @@ class Workspace:
                 state = _read_state(marker) if marker.is_file() else {}
                 workspace = cls(path, {} if fresh else state)
                 workspace._save()
+                if fresh:
+                    workspace.drop_checkpoints()
                 yield workspace
         except BlockingIOError as e:
             raise InputError(f"{path}: another run is at work there; wait for it to end") from e
@@ -158,6 +160,11 @@ class Workspace:
         target.unlink(missing_ok=True)
         if self.state.pop(stage, None):
             self._save()
+
+    def drop_checkpoints(self, keep: Path | None = None) -> None:
+        """Remove what tunings that were stopped have left, but for those in `keep`."""
+        for stale in set(self.path.glob(".tuning-*")) - {keep}:
+            shutil.rmtree(stale, ignore_errors=True)
 
     def _begin(self, stage: str) -> None:
         # What was made from this stage's old output must not outlive it: a later stage may fail,
@@ -314,9 +321,8 @@ def _sparse_weights(
     from sdcompress.tuning import tune
 
     asked = settings.model_dump(mode="json")
-    checkpoints = place.path / f".tuning-{_key('tuned', asked, pruned)[:16]}"
-    for stale in set(place.path.glob(".tuning-*")) - {checkpoints}:
-        shutil.rmtree(stale, ignore_errors=True)
+    checkpoints = place.path / f".tuning-{_key('tuned', settings.decides(), pruned)[:16]}"
+    place.drop_checkpoints(keep=checkpoints)
 
     def make(parent: Bundle, path: Path) -> Bundle:
         return tune(

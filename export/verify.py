@@ -11,7 +11,7 @@ be read and is wrong is a failed check.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -233,17 +233,19 @@ def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]
     if not graphs and bundle.manifest.stage == "engine":
         return [lineage, _carried(bundle, parent)]
     parents = {weight.key: weight for weight in _weights(parent, open_graphs(parent))}
+    plan = bundle.manifest.plan
+    pruned = {(p.component, p.name) for p in plan.layers if p.pruned} if plan else set()
     wrong = []
     for weight in _weights(bundle, graphs):
         if weight.key not in parents:
             wrong.append(f"{weight.label} (not in the parent)")
-        elif not _descends(bundle, weight.read(), parents[weight.key].read()):
+        elif not _descends(bundle, pruned, weight, parents[weight.key].read()):
             wrong.append(weight.label)
     good = {
         "pruned": "every weight kept has the parent's bits",
         "tuned": "every tensor has the parent's shape; this method moves zeros"
         if _moves_zeros(bundle)
-        else "every zero of the parent is still zero",
+        else "every weight that was pruned is still zero",
     }.get(bundle.manifest.stage, "every weight has the parent's bits after the cast")
     return [lineage, _result("against", wrong, good)]
 
@@ -266,14 +268,19 @@ def _moves_zeros(bundle: Bundle) -> bool:
     return bundle.manifest.details.get("masks") == "moved"
 
 
-def _descends(bundle: Bundle, value: Tensor, before: Tensor) -> bool:
+def _descends(
+    bundle: Bundle, pruned: Set[tuple[str, str]], weight: _Weight, before: Tensor
+) -> bool:
+    value = weight.read()
     before = before.to(value.dtype)
     if value.shape != before.shape:
         return False
     if bundle.manifest.stage == "pruned":
         before = torch.where(value == 0, value, before)
-    elif bundle.manifest.stage == "tuned":
-        return _moves_zeros(bundle) or bool((value[before == 0] == 0).all())
+    elif bundle.manifest.stage == "tuned" and weight.model in {model for model, _ in pruned}:
+        # A zero that nobody pruned, as in many a bias, may become something else.
+        free = weight.key not in pruned or _moves_zeros(bundle)
+        return free or bool((value[before == 0] == 0).all())
     return torch.equal(_bits(value), _bits(before))
 
 

@@ -138,6 +138,34 @@ class Tune(_Part):
     def _there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return _check_components(value)
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> Tune:
+        if self.method == "finetune" and self.images is None:
+            raise ValueError(
+                "finetune learns from pictures with captions; name their folder as 'images', or "
+                "use distill, which needs prompts only"
+            )
+        if self.method in ("distill", "dsnot") and self.images is not None:
+            raise ValueError(
+                f"{self.method} learns from prompts; leave out 'images', or use finetune"
+            )
+        if self.method in ("sr_ste", "dsnot") and self.lora_rank is not None:
+            raise ValueError(
+                f"{self.method} changes weights one by one, which adapters cannot; leave out "
+                "'lora_rank', or use distill or finetune"
+            )
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"a batch of {self.batch} cannot be cut into {self.accumulate} equal parts; "
+                "change 'batch' or 'accumulate'"
+            )
+        return self
+
+    def decides(self) -> dict[str, Any]:
+        """What a checkpoint must have been made by, to be gone on from."""
+        free = {"checkpoint_every", "log", "on_divergence"}
+        return self.model_dump(mode="json", exclude=free)
+
 
 class Export(_Part):
     """How the graph is written.

@@ -132,6 +132,7 @@ def command(
       sdcompress tune pruned --steps 200 -o tuned
       accelerate launch -m sdcompress tune pruned --steps 200 -o tuned
     """
+    from sdcompress.bundle import refuse_existing
     from sdcompress.evaluation.processes import processes
     from sdcompress.models.prompts import read_prompts
     from sdcompress.plan import account
@@ -143,6 +144,7 @@ def command(
     if prompts:
         asked["prompts"] = read_prompts(prompts)
     settings = _settings(recipe, asked)
+    refuse_existing(output)
     parent = _open(pruned)
     source = open_model(dense, **how) if dense else find_dense(parent)
     with _bar() as progress:
@@ -196,7 +198,7 @@ def _settings(recipe: str | None, asked: dict[str, Any]) -> Tune:
     try:
         return Tune.model_validate({**base, **asked})
     except ValidationError as e:
-        raise UsageError(f"tune: {describe_first(e, 'tune')}") from e
+        raise UsageError(f"tune: {describe_first(e, 'settings')}") from e
 
 
 def _open(pruned: str) -> Bundle:

@@ -27,6 +27,8 @@ from sdcompress.tuning._write import write_bundle
 
 __all__ = ["find_dense", "tune"]
 
+CHECKPOINT = "checkpoint.pt"
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -73,8 +75,8 @@ def tune(
     with _checkpoint_folder(folder, fresh=fresh) if main else nullcontext():
         accelerator.wait_for_everyone()
         start = time.perf_counter()
-        job = _job(parent, dense, settings, plan, components, accelerator)
-        job.checkpoint, job.log = folder / "checkpoint.pt", log_path(out, settings.log)
+        job = _make_job(parent, dense, settings, plan, components, accelerator)
+        job.checkpoint, job.log = folder / CHECKPOINT, log_path(out, settings.log)
         job.progress = progress if main else silent
         registry.load("tuning", settings.method).tune(job)
         if main:
@@ -116,9 +118,9 @@ def _accelerator(settings: Tune) -> Accelerator:
     # accelerate keeps one precision for the life of a process; a sweep tunes more than once in it.
     AcceleratorState._reset_state()
     cpu = processes().device.type == "cpu"
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu)
     if settings.mixed_precision == "fp16" and cpu:
         raise UsageError("tune: mixed_precision fp16 needs a GPU; take bf16, or no")
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu)
     plain = {t for t in DistributedType if t == "NO" or t.startswith("MULTI_")}
     if accelerator.distributed_type not in plain:
         raise UsageError(
@@ -134,13 +136,13 @@ def _checkpoint_folder(folder: Path, *, fresh: bool) -> Iterator[None]:
     in it.
 
     Raises:
-        InputError: another process is at work there, or it cannot be made.
+        InputError: another process is at work there.
     """
     try:
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, wait=False):
+            if fresh:  # only now: it may have been another's
+                (folder / CHECKPOINT).unlink(missing_ok=True)
             yield
     except BlockingIOError as e:
         raise InputError(f"{folder}: another tuning is at work there; wait for it to end") from e
@@ -149,7 +151,7 @@ def _checkpoint_folder(folder: Path, *, fresh: bool) -> Iterator[None]:
             folder.rmdir()
 
 
-def _job(
+def _make_job(
     parent: Bundle,
     dense: Bundle,
     settings: Tune,

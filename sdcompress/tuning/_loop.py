@@ -297,12 +297,13 @@ class _Training:
         Raises:
             InputError: it cannot be written; the last one is still there.
         """
-        from accelerate.utils import broadcast_object_list, gather_object
+        from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 
         if self._watch.far:
             return
         job = self._job
-        samples = gather_object([self._samples.state()])  # of all processes
+        # Of all processes; a tensor on another machine's GPU could not be received here.
+        samples = gather_object([send_to_device(self._samples.state(), "cpu")])
         failure: list[str | None] = [None]
         if job.accelerator.is_main_process:
             state = {
@@ -330,12 +331,19 @@ class _Training:
         """Take up the checkpoint, if there is one.
 
         Raises:
-            UsageError: it was made by other settings, from other models or with other tools.
+            UsageError: it was made by other settings, from other models or with other tools, or
+                other machines do not see it.
         """
         import torch
+        from accelerate.utils import gather_object
 
         job = self._job
         state = _checkpoint.read(job.checkpoint)
+        if len(set(gather_object([state is None]))) > 1:
+            raise UsageError(
+                f"{job.checkpoint}: some processes find this checkpoint and others none; write to "
+                "a folder that all machines share"
+            )
         if state is None:
             return
         if differs := _differences(state["made_by"], _made_by(job)):
@@ -419,13 +427,9 @@ def _checkpoint_gradients(students: Mapping[str, Any]) -> None:
     text_encoder.train()  # transformers does it for models in training only
 
 
-# What may change between a checkpoint and what goes on from it.
-_FREE = {"checkpoint_every", "log", "on_divergence"}
-
-
 def _made_by(job: Job) -> dict[str, Any]:
     return {
-        **job.settings.model_dump(mode="json", exclude=_FREE),
+        **job.settings.decides(),
         "parent": job.parent.digest,
         "dense": job.dense.digest,
         "tools": tool_versions(),

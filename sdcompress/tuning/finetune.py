@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress.errors import InputError, UsageError
+from sdcompress.errors import InputError
 from sdcompress.tuning._images import Captioned, load_picture, picture_at, read_folder
 from sdcompress.tuning._job import Job, seeded
 from sdcompress.tuning._loop import Loss, fit
@@ -24,7 +24,7 @@ def tune(job: Job) -> None:
     """Train on the pictures of `settings.images`.
 
     Raises:
-        UsageError: no folder is given.
+        UsageError: there is no such folder.
         InputError: the folder, the VAE or the scheduler cannot be learnt from; see `read_folder`.
     """
     fit(job, diffusion_loss(job), Pictures(job))
@@ -68,7 +68,7 @@ class Pictures:
                 f"{kind}; tune this model with distill"
             )
         self._pictures = _read_folder(job)
-        self._vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32)
+        self._vae = AutoencoderKL.from_pretrained(model / "vae").float()
         self._vae.requires_grad_(False).eval().to(job.accelerator.device)
         unet: Any = job.students["unet"]
         side = unet.config.sample_size
@@ -155,11 +155,7 @@ class Pictures:
 
 def _read_folder(job: Job) -> tuple[Captioned, ...]:
     settings = job.settings
-    if settings.images is None:
-        raise UsageError(
-            "finetune learns from pictures with captions; name their folder with --images, "
-            "or use distill, which needs prompts only"
-        )
+    assert settings.images is not None
     with warnings.catch_warnings():
         if not job.accelerator.is_main_process:
             warnings.simplefilter("ignore")  # one of the processes says it

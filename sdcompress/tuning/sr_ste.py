@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.criteria import load_criterion
-from sdcompress.errors import SdcompressError, UsageError
+from sdcompress.errors import SdcompressError
 from sdcompress.patterns import (
     Compare,
     Pattern,
@@ -34,14 +34,8 @@ def tune(job: Job) -> None:
     """Train the dense weights, and put the masks they end with into `job.masks`.
 
     Raises:
-        UsageError: with `lora_rank`: there is no low-rank change for a mask to follow.
-        InputError: `images` cannot be learnt from.
+        UsageError, InputError: `images` cannot be learnt from.
     """
-    if job.settings.lora_rank is not None:
-        raise UsageError(
-            "sr_ste trains all weights of a layer, and adapters none; leave out --lora-rank, or "
-            "use distill or finetune"
-        )
     from sdcompress.tuning import distill, finetune
 
     samples: Samples

@@ -187,7 +187,7 @@ def test_the_decoder_of_the_vae_can_be_recorded_and_its_encoder_not(tiny_source:
 
 def test_what_nobody_chose_is_the_models_own(tiny_source: Bundle) -> None:
     whole = complete(tiny_source, Calibration(count=3))
-    captions = read_prompts(CAPTIONS)
+    captions = read_prompts(CAPTIONS["learning"])
     assert whole == Calibration(prompts=captions[:3], count=3, steps=25, guidance=7.5)
     assert complete(tiny_source, whole) == whole
     mine = Calibration(prompts=("at",), steps=2, guidance=0.0)
@@ -195,7 +195,7 @@ def test_what_nobody_chose_is_the_models_own(tiny_source: Bundle) -> None:
 
 
 def test_captions_all_differ_and_are_plain_sentences() -> None:
-    captions = read_prompts(CAPTIONS)
+    captions = read_prompts(CAPTIONS["learning"])
     assert len({c.casefold() for c in captions}) == len(captions) == 128
     assert all(c.isascii() and c.endswith(".") and len(c) < 80 for c in captions)
 

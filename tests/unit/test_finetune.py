@@ -182,8 +182,8 @@ def test_the_size_is_the_models(job: Job) -> None:
 
 def test_says_what_is_missing(job: Job, tmp_path: Path) -> None:
     plain = job.settings
-    job.settings = plain.model_copy(update={"images": None})
-    with pytest.raises(UsageError, match="name their folder with --images, or use distill"):
+    job.settings = plain.model_copy(update={"images": str(tmp_path / "nowhere")})
+    with pytest.raises(UsageError, match="expected a folder of pictures, found none"):
         finetune.tune(job)
     job.settings = plain.model_copy(update={"images": str(tmp_path)})
     with pytest.raises(InputError, match=r"expected metadata\.jsonl"):

@@ -252,10 +252,3 @@ def test_a_broken_pattern_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     loose = make_job({"fc": DENSE}, {"fc": PARENT}, "unstructured")
     with pytest.raises(SdcompressError, match="0 zeros where 4 are planned after the last step"):
         MovingMasks(loose).finish()
-
-
-def test_adapters_are_refused() -> None:
-    job = make_job({"fc": DENSE}, {"fc": PARENT})
-    job.settings = Tune(method="sr_ste", lora_rank=4)
-    with pytest.raises(UsageError, match="leave out --lora-rank"):
-        sr_ste.tune(job)

@@ -36,6 +36,12 @@ def test_options_go_before_the_recipe_and_that_before_the_defaults(tmp_path: Pat
     [
         ({"method": "magic"}, "tune: method: expected one of distill, .* found 'magic'"),
         ({"components": ("decoder",)}, "tune: components: expected components among text_encoder"),
+        ({"method": "finetune"}, "tune: settings: finetune .* name their folder as 'images'"),
+        ({"images": "photos"}, "distill learns from prompts; leave out 'images'"),
+        ({"method": "dsnot", "images": "photos"}, "dsnot learns from prompts"),
+        ({"method": "sr_ste", "lora_rank": 4}, "sr_ste changes weights .* leave out 'lora_rank'"),
+        ({"method": "dsnot", "lora_rank": 4}, "dsnot changes weights one by one"),
+        ({"batch": 6, "accumulate": 4}, "a batch of 6 cannot be cut into 4 equal parts"),
     ],
 )
 def test_what_cannot_be_is_refused(asked: dict[str, Any], message: str) -> None:
