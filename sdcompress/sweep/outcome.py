@@ -28,7 +28,7 @@ class Row(_Record):
     """One point. `digest` names its file in `points`, which has the value of every prompt too.
 
     `sparsity` is what was asked of the components pruned, over all their parameters; `failed` says
-    why there are no metrics.
+    why there are no metrics, `warnings` what is wrong with the pictures.
     """
 
     digest: str
@@ -38,6 +38,7 @@ class Row(_Record):
     accounting: Accounting
     metrics: dict[str, MetricResult] = {}
     failed: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class CurveCliff(_Record):
@@ -126,6 +127,7 @@ def _row(point: Point, result: PointResult) -> Row:
         accounting=result.accounting,
         metrics={name: metric.model_copy(update=bare) for name, metric in metrics.items()},
         failed=result.failed,
+        warnings=result.quality.warnings if result.quality else (),
     )
 
 

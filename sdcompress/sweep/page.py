@@ -48,7 +48,7 @@ def render(sweep: Sweep, svg: str, pictures: Mapping[str, str], dense: str) -> s
         dense=dense,
         prompts=sweep.settings.prompts[:SHOWN],
         failed=[row for row in sweep.points if row.failed],
-        warnings=_warnings(sweep),
+        warnings=_warnings(sweep, names),
     )
 
 
@@ -119,9 +119,11 @@ def _some(rows: Sequence[Row]) -> list[Row]:
     return [rows[round(i * (len(rows) - 1) / (STRIPS - 1))] for i in range(STRIPS)]
 
 
-def _warnings(sweep: Sweep) -> list[str]:
+def _warnings(sweep: Sweep, names: Mapping[Curve, str]) -> list[str]:
     found: dict[str, None] = {}
     for row in sweep.points:
+        point = f"{names.get(row.curve, row.curve.component)}, {percent(row.sparsity)}"
+        found |= dict.fromkeys(f"{point}: {warning}" for warning in row.warnings)
         for name, result in row.metrics.items():
             found |= dict.fromkeys(f"{label(name)}: {warning}" for warning in result.warnings)
     return list(found)

@@ -56,7 +56,6 @@ class Pictures:
     """
 
     def __init__(self, job: Job) -> None:
-        import torch
         from diffusers import AutoencoderKL, DDPMScheduler
 
         self._job = job

@@ -131,20 +131,36 @@ def test_a_killed_evaluation_goes_on(
     assert list(tmp_path.iterdir()) == [out]
 
 
+# The command, and a note of which process makes a picture.
+NOTED = """\
+import os, sys
+from pathlib import Path
+
+from sdcompress.commands import main
+from sdcompress.evaluation.pictures import Pictures
+
+write = Pictures.write
+
+
+def noted(self, index, levels):
+    Path(__file__).with_name("made-by-" + os.environ["RANK"]).touch()
+    write(self, index, levels)
+
+
+Pictures.write = noted
+main()
+"""
+
+
 def test_two_processes_make_what_one_makes(
     command: Callable[..., list[str]], tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "sdcompress",
-    ]
+    script = tmp_path / "noted.py"
+    script.write_text(NOTED)
+    # Without a GPU these are processes on the CPU; with --cpu there would be one.
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0", str(script)]
     kept, out = tmp_path / "kept", tmp_path / "quality.json"
     done = subprocess.run(
         [sys.executable, "-m", *launch, *command("--keep-images", kept, "-o", out, "--json")],
@@ -154,6 +170,7 @@ def test_two_processes_make_what_one_makes(
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert sorted(f.name for f in tmp_path.glob("made-by-*")) == ["made-by-0", "made-by-1"]
     assert pictures(kept) == undisturbed
     assert Quality.model_validate_json(done.stdout).metrics["psnr"].samples == 9  # printed once
     assert out.read_text() == done.stdout

@@ -37,9 +37,9 @@ def test_two_processes_prune_as_one(tiny_source: Bundle, tmp_path: Path) -> None
     recipe.write_text(yaml.safe_dump(RECIPE))
     command = [sys.executable, "-m", "sdcompress", "prune", str(tiny_source.path), "--json"]
     command += ["--recipe", str(recipe), "-o", str(out)]
-    # What `accelerate launch --cpu --num_processes 2` sets.
+    # What `accelerate launch` sets for two processes.
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shared |= {"OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             command,

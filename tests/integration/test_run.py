@@ -120,6 +120,31 @@ def test_tuning_and_quality_are_stages_of_their_own(
     assert not (out / "quality.json").exists()
 
 
+def test_a_tuning_that_was_stopped_goes_on_unless_it_is_another(
+    tiny_source: Bundle, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sdcompress.tuning
+
+    found: list[list[str]] = []
+
+    def stop(*_: Any, checkpoints: Path, **__: Any) -> None:
+        found.append([f.name for f in checkpoints.glob("*")])
+        checkpoints.mkdir(exist_ok=True)
+        (checkpoints / "checkpoint.pt").touch()
+        raise InputError("stopped")
+
+    monkeypatch.setattr(sdcompress.tuning, "tune", stop)
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for tuning in ({"steps": 2}, {"steps": 2, "on_divergence": "keep"}, {"steps": 3}):
+        with pytest.raises(InputError, match="stopped"):
+            _run(tiny_source, out, tune=tuning)
+    assert found == [[], ["checkpoint.pt"], []]
+    assert len(list(out.glob(".tuning-*"))) == 1
+    with Workspace.open(out, fresh=True):
+        assert not list(out.glob(".tuning-*"))
+
+
 def test_a_metric_that_cannot_run_is_refused_before_anything(
     tiny_source: Bundle, tmp_path: Path
 ) -> None:

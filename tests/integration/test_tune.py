@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.to_onnx import export_bundle
 from export.verify import verify_bundle
-from sdcompress.bundle import Bundle, SourceRecord
+from sdcompress.bundle import Bundle, SourceRecord, locked
 from sdcompress.errors import InputError, UsageError
 from sdcompress.models.sources import resolve
 from sdcompress.prune import prune
@@ -118,6 +120,29 @@ def test_a_zero_come_back_fails_the_comparison_with_the_parent(
     assert set(wrong[0].tensors) <= {f"unet/{n}" for n in _planned(pruned, "unet")} | {
         f"text_encoder/{n}" for n in _planned(pruned, "text_encoder")
     }
+
+
+def test_a_zero_that_nobody_pruned_may_become_something(tiny_sd: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd, model)
+    weights = load_file(model / UNET)
+    weights["conv_out.bias"].zero_()
+    save_file(weights, model / UNET, metadata={"format": "pt"})
+    source = Bundle.of_source(model, SourceRecord(id="model", kind="directory"))
+    recipe = {"name": "r", "prune": {"unet": {"rules": [{"pattern": "2:4"}]}}}
+    parent = prune(source, Recipe.model_validate(recipe), tmp_path / "pruned")
+    bundle = tune(parent, _settings(steps=1), tmp_path / "tuned", dense=source)
+    assert _weights(bundle, UNET)["conv_out.bias"].all()
+    assert verify_bundle(bundle.path, against=parent.path, parity=False).passed
+
+    # What was not tuned is compared bit for bit.
+    weights = load_file(bundle.path / VAE)
+    weights["decoder.conv_in.bias"] += 1
+    (bundle.path / VAE).unlink()  # it is the parent's too
+    save_file(weights, bundle.path / VAE, metadata={"format": "pt"})
+    report = verify_bundle(bundle.path, against=parent.path, parity=False)
+    (against,) = (check for check in report.checks if check.name == "against")
+    assert against.tensors == ("vae/decoder.conv_in.bias",)
 
 
 def _nothing_pruned() -> Recipe:
@@ -269,6 +294,23 @@ def test_a_killed_tuning_goes_on_to_the_same_bytes(
     )
     assert first[0] > 4  # and not from the beginning
     assert again.digest == expected.digest
+    assert not checkpoint.parent.exists()
+
+
+def test_to_begin_anew_is_not_to_disturb_another(
+    pruned: Bundle, tiny_source: Bundle, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / ".out.tuning" / "checkpoint.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"of another")
+    settings, out = _settings(steps=1, components=["unet"]), tmp_path / "out"
+    with (
+        locked(checkpoint.parent),
+        pytest.raises(InputError, match="another tuning is at work there"),
+    ):
+        tune(pruned, settings, out, dense=tiny_source, fresh=True)
+    assert checkpoint.read_bytes() == b"of another"
+    tune(pruned, settings, out, dense=tiny_source, fresh=True)
     assert not checkpoint.parent.exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdcompress.errors import SdcompressError, UsageError
+from sdcompress.errors import SdcompressError
 from sdcompress.patterns import violations
 from sdcompress.plan import LayerPlan
 from sdcompress.recipe import Tune

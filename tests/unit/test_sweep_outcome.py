@@ -239,6 +239,19 @@ def test_the_page_says_where_quality_falls_off(tmp_path: Path) -> None:
     assert "No tolerance was given" in without
 
 
+def test_the_page_says_which_points_have_bad_pictures(tmp_path: Path) -> None:
+    settings = _settings("psnr")
+    answers = _answers(POINTS, settings)
+    point, answer = answers[0]
+    assert answer.quality
+    black = answer.quality.model_copy(update={"warnings": ("4 of 4 pictures are black",)})
+    answers[0] = (point, answer.model_copy(update={"quality": black}))
+    found = gather(DENSE, answers, settings, {"psnr": 23}, None)
+    assert [row.warnings for row in found.points] == [("4 of 4 pictures are black",), *[()] * 4]
+    page = _page(found, tmp_path).replace("\N{NO-BREAK SPACE}", " ")
+    assert "UNet, magnitude, 70 %: 4 of 4 pictures are black" in page
+
+
 def test_the_preset_says_whose_figures_are_whose(tmp_path: Path) -> None:
     metrics = ("clip_score", "clip_distance")
     found = _sweep(preset(RAMESH_ZHAO), *metrics, keep={"clip_score": 0.98}, name=RAMESH_ZHAO)

@@ -213,6 +213,16 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         _fit(_job(tmp_path, learning_rate=0.1))
 
 
+def test_a_checkpoint_that_not_all_machines_see_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _fit(_job(tmp_path, checkpoint_every=2), Rows(stop_at=4))
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, True])
+    with pytest.raises(UsageError, match="some processes find .* a folder that all machines share"):
+        _fit(_job(tmp_path))
+
+
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"not one")
     with pytest.raises(InputError, match="checkpoint.pt: not a checkpoint .* --fresh"):
