@@ -33,7 +33,7 @@ demo: $(VENV)/.installed-demo-$(RUNTIME)
 	@echo "The page: $(OUT)/report.html"
 
 test: $(VENV)/.installed-test-$(RUNTIME)
-	$(BIN)/python -m pytest tests/unit tests/integration tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration tests/gpu
 
 lint: $(VENV)/.installed-dev-$(RUNTIME)
 	$(BIN)/ruff check .
