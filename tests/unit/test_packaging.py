@@ -142,7 +142,7 @@ def test_every_command_is_documented() -> None:
     assert not missing, f"README.md does not name: {missing}"
 
 
-@pytest.mark.parametrize("folder", ["criteria", "allocation"])
+@pytest.mark.parametrize("folder", ["criteria", "allocation", "tuning", "evaluation/metrics"])
 def test_every_plugin_is_documented(folder: str) -> None:
     readme = (ROOT / "README.md").read_text()
     names = [f.stem for f in (ROOT / "sdcompress" / folder).glob("*.py") if f.stem[0] != "_"]
@@ -163,7 +163,7 @@ def test_the_readme_begins_with_the_two_commands() -> None:
 def test_makefile_and_readme_test_the_same() -> None:
     tested = "tests/unit tests/integration tests/gpu"
     for file in ("Makefile", "README.md"):
-        assert f"pytest {tested}" in (ROOT / file).read_text()
+        assert f"pytest -n 2 --dist loadfile {tested}" in (ROOT / file).read_text()
     assert json.dumps(tested.split()).strip("[]") in PYPROJECT
 
 
