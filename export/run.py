@@ -284,6 +284,10 @@ class _Job:
         geometry.latent_shape(asked["height"], asked["width"])
         job = replace(job, quality=_quality_settings(recipe, source, job.sampling))
         plan = make_plan(recipe, read_catalog(source.path))
+        if recipe.tune:
+            from sdcompress.tuning import check
+
+            check(plan, recipe.tune)
         if target is None:
             return job
         return replace(job, warnings=warnings(target, recipe, plan, geometry.default_size))

@@ -29,6 +29,7 @@ Wanted = Mapping[str, Mapping[str, frozenset[str]]]  # component → layer → s
 Statistics = dict[str, dict[str, dict[str, "Tensor"]]]  # component → layer → statistic → tensor
 Counted = Callable[[int, int], None]  # done, of how many
 
+_UNPAINTED = ("encoder.", "quant_conv.")  # of the VAE: painting only decodes
 _POWERS = {"input_sq_norm": {2}, "input_mean": {1}, "input_var": {1, 2}}  # which sums each needs
 
 
@@ -69,6 +70,8 @@ def collect(
     assert asked.steps  # `complete` fills it in
     seeds = range(asked.seed, asked.seed + len(asked.prompts))
     check_request(asked.prompts, seeds, asked.steps)
+    if unused := [layer for layer in wanted.get("vae", ()) if layer.startswith(_UNPAINTED)]:
+        raise _unused(f"vae/{unused[0]}")  # now, and not after the first pictures
     state = processes()
     pipeline = load_pipeline(source.path, device=exact_device())
     batches = list(_batches(asked.prompts, seeds))[state.process_index :: state.num_processes]
@@ -229,10 +232,7 @@ class _Inputs:
     def check(self, name: str) -> None:
         """Raise InputError where nothing came by, or what nobody can count with."""
         if not self._count:
-            raise InputError(
-                f"{name}: expected activations, found none: painting does not use this layer; keep "
-                "it dense, or use a criterion that needs no prompts"
-            )
+            raise _unused(name)
         if not all(bool(total.isfinite().all()) for total in self._sums.values()):
             raise InputError(
                 f"{name}: expected finite activations, found NaN or infinity: the model makes no "
@@ -253,6 +253,13 @@ class _Inputs:
             "input_var": lambda: (sums[2] / count - (sums[1] / count) ** 2).clamp(min=0),
         }
         return {name: _like_weight(compute[name](), self.module) for name in sorted(names)}
+
+
+def _unused(name: str) -> InputError:
+    return InputError(
+        f"{name}: expected activations, found none: painting does not use this layer; keep it "
+        "dense, or use a criterion that needs no prompts"
+    )
 
 
 def _is_conv(module: Any) -> bool:

@@ -121,7 +121,8 @@ def _unexpected(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             place = f"{cause.filename}: " if cause.filename else ""
             if cause.errno in _NO_SPACE:
-                return f"{place}{cause.strerror}; free some space"
+                limit = ", or raise the limit of `ulimit -f`" if cause.errno == errno.EFBIG else ""
+                return f"{place}{cause.strerror}; free some space{limit}"
             if stated:
                 return f"{place}{cause.strerror}; check the path and its permissions"
         if isinstance(cause, MemoryError):

@@ -21,12 +21,14 @@ from sdcompress.commands._common import (
     model_options,
     open_model,
 )
+from sdcompress.errors import UsageError
 from sdcompress.evaluation.presets import PRESETS
 from sdcompress.evaluation.quality import Quality
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sdcompress.bundle import Bundle
     from sdcompress.evaluation.quality import Estimate, MetricResult
 
 Output = Quality
@@ -131,6 +133,9 @@ def command(
     make_settings = partial(preset_settings, preset) if preset else default_settings
     settings = make_settings(parent, samples, prompts=given, metrics=metrics, **options)
     unable = {} if metrics or preset else unavailable(settings, parent)
+    if options["clip"] and "clip_score" in unable:  # it was asked for
+        raise UsageError(f"clip_score: {unable['clip_score']}")
+    _remark(model, parent)
     first = processes().is_main_process
     key = f"{model.digest}\n{parent.digest}\n{settings.model_dump_json()}"
     with _work(keep_images, output, key, remove=first) as work, _progress(first) as progress:
@@ -139,6 +144,22 @@ def command(
             write_text(output, quality.model_dump_json(indent=1) + "\n")
     if first:
         emit(quality, as_json, lambda console: _show(console, quality, keep_images))
+
+
+def _remark(model: Bundle, dense: Bundle) -> None:
+    """Warn where the dense model is not that of the bundle: figures are of these two, then."""
+    import warnings
+
+    from sdcompress.tuning._lineage import dense_digest
+
+    if dense.manifest.plan is not None:
+        what = f"expected the dense model, found a {dense.manifest.stage} bundle"
+    elif model.manifest.plan is None or dense_digest(model) in (None, dense.digest):
+        return
+    else:
+        what = f"is not the model that {model.path} was made from ({model.manifest.source.id})"
+    note = f"--against {dense.path}: {what}; figures compare with it as if it were the dense model"
+    warnings.warn(note, stacklevel=1)
 
 
 @contextmanager

@@ -82,7 +82,8 @@ class Output(BaseModel):
     "listed",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A YAML list of points, each `parts: {COMPONENT: {criterion, pattern, sparsity, …}}`.",
+    help="A YAML file with `points:`, a list; each has `parts: {COMPONENT: {criterion, pattern, "
+    "sparsity, …}}`.",
 )
 @click.option(
     "--recipe", help="Whose seed, calibration and tuning every point has; its rules do not count."
@@ -168,6 +169,7 @@ def command(
     from sdcompress.evaluation.quality import default_settings
     from sdcompress.models.prompts import read_prompts
     from sdcompress.recipe import load_recipe
+    from sdcompress.sweep.points import refuse_foreign
     from sdcompress.sweep.run import PAGE, RESULTS, SWEEP, parse_keep, sweep
 
     watch = Stopwatch()
@@ -175,6 +177,7 @@ def command(
     pictures = {name: options.pop(name) for name in _PICTURES}
     points = _points(preset, listed, grid_options)
     tolerance = parse_keep(keep)
+    refuse_foreign(output)  # now, and not when the metrics are loaded
     base = load_recipe(recipe) if recipe else None
     texts = read_prompts(prompts) if prompts else None
     source = open_model(model, **options)

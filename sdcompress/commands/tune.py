@@ -92,7 +92,9 @@ POSITIVE = Finite(min=0, min_open=True)
 @click.option("--decay", type=Finite(min=0), help="sr_ste: pull of pruned weights towards zero.")
 @click.option("--cycles", type=click.IntRange(min=1), help="dsnot: how often weights may swap.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Learn from these, one a line.")
-@click.option("--images", metavar="DIR", help="finetune: pictures, with metadata.jsonl or .csv.")
+@click.option(
+    "--images", metavar="DIR", help="finetune, sr_ste: pictures, with metadata.jsonl or .csv."
+)
 @click.option(
     "--broken-images",
     type=click.Choice(["refuse", "skip"]),
@@ -144,6 +146,7 @@ def command(
     if prompts:
         asked["prompts"] = read_prompts(prompts)
     settings = _settings(recipe, asked)
+    _refuse_unused(asked, settings.method)
     refuse_existing(output)
     parent = _open(pruned)
     source = open_model(dense, **how) if dense else find_dense(parent)
@@ -199,6 +202,26 @@ def _settings(recipe: str | None, asked: dict[str, Any]) -> Tune:
         return Tune.model_validate({**base, **asked})
     except ValidationError as e:
         raise UsageError(f"tune: {describe_first(e, 'settings')}") from e
+
+
+_ONLY = {
+    "features": ("distill", "sr_ste"),
+    "decay": ("sr_ste",),
+    "cycles": ("dsnot",),
+    "broken_images": ("finetune", "sr_ste"),
+}
+
+
+def _refuse_unused(asked: dict[str, Any], method: str) -> None:
+    """Raise UsageError for an option on the command line that the method does not look at."""
+    from sdcompress.errors import UsageError
+
+    for name, methods in _ONLY.items():
+        if name in asked and method not in methods:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for {' and '.join(methods)}, found {method}; "
+                "leave it out or choose another --method"
+            )
 
 
 def _open(pruned: str) -> Bundle:

@@ -262,7 +262,7 @@ def alone(work: Path) -> Iterator[None]:
     """Hold the folder of a sweep or a search, which is made if need be, against any other.
 
     Raises:
-        InputError: another is at work there, or it cannot be made.
+        InputError: another is at work there, it holds something else, or it cannot be made.
     """
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,23 @@ def alone(work: Path) -> Iterator[None]:
                 f"{work}: another sweep or search is at work there; wait for it or choose another "
                 "folder"
             ) from e
+        refuse_foreign(work)
         yield
+
+
+def refuse_foreign(work: Path) -> None:
+    """Raise InputError if `work` holds what neither a sweep nor a search has put there."""
+    if (work / POINTS).is_dir() or not work.exists():
+        return
+    if not work.is_dir():
+        raise InputError(f"{work}: expected a folder, found a file; choose another place")
+    found = sorted(file.name for file in work.iterdir())
+    if set(found) - {"pictures", "bundles"}:  # those come before the first point
+        more = ", …" if len(found) > 3 else ""
+        raise InputError(
+            f"{work}: expected a new folder or that of an earlier sweep or search, found "
+            f"{', '.join(found[:3])}{more}; choose another folder"
+        )
 
 
 def save_point(work: Path, result: PointResult) -> None:

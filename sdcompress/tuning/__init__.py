@@ -20,12 +20,13 @@ from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.processes import processes
 from sdcompress.plan import SparsityPlan
 from sdcompress.recipe import Tune
+from sdcompress.tuning._images import require_folder
 from sdcompress.tuning._job import TUNABLE, Job, Progress, load_models, silent, state_key
 from sdcompress.tuning._lineage import check_lineage, find_dense
 from sdcompress.tuning._log import log_path, require_tensorboard
 from sdcompress.tuning._write import write_bundle
 
-__all__ = ["find_dense", "tune"]
+__all__ = ["check", "find_dense", "tune"]
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -65,10 +66,8 @@ def tune(
             f"{parent.path}: expected a pruned bundle, found stage {parent.manifest.stage}; "
             "run `sdcompress prune` first"
         )
-    components = _components(plan, settings)
+    components = check(plan, settings)
     check_lineage(parent, dense)
-    if settings.log == "tensorboard":
-        require_tensorboard()
     accelerator = _accelerator(settings)
     main = accelerator.is_main_process
     folder = checkpoints or out.with_name(f".{out.name}.tuning")
@@ -91,8 +90,16 @@ def tune(
     return Bundle.open(out)
 
 
-def _components(plan: SparsityPlan, settings: Tune) -> tuple[str, ...]:
-    """The components to tune: those asked for, else all that are pruned and can be tuned."""
+def check(plan: SparsityPlan, settings: Tune) -> tuple[str, ...]:
+    """The components to tune: those asked for, else all that are pruned and can be tuned.
+
+    Raises:
+        UsageError: the settings do not fit the plan, or something is not there that they need.
+    """
+    if settings.log == "tensorboard":
+        require_tensorboard()
+    if settings.images is not None:
+        require_folder(Path(settings.images))
     pruned = {p.component for p in plan.layers if p.pruned}
     for component in settings.components:
         if component not in pruned & set(TUNABLE):

@@ -45,6 +45,12 @@ class Captioned:
     caption: str
 
 
+def require_folder(folder: Path) -> None:
+    """Raise UsageError where there is none."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder of pictures, found none; check 'images'")
+
+
 def read_folder(
     folder: Path,
     *,
@@ -62,8 +68,7 @@ def read_folder(
         InputError: it has no metadata or none that can be read, no usable picture, or something
             that cannot be used and `skip` is not given.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: expected a folder of pictures, found none; check --images")
+    require_folder(folder)
     rows = list(_read_metadata(folder))
     named = {file for file, _ in rows}
     problems: dict[str, list[Path]] = defaultdict(list)

@@ -145,11 +145,19 @@ def test_a_tuning_that_was_stopped_goes_on_unless_it_is_another(
         assert not list(out.glob(".tuning-*"))
 
 
-def test_a_metric_that_cannot_run_is_refused_before_anything(
-    tiny_source: Bundle, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quality": {"metrics": ["prompt_accuracy"]}}, "prompt_accuracy"),
+        ({"tune": {"components": ["vae"]}}, "component vae cannot be tuned"),
+        ({"tune": {"method": "finetune", "images": "nowhere"}}, "expected a folder of pictures"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything(
+    tiny_source: Bundle, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match="prompt_accuracy"):
-        _run(tiny_source, tmp_path / "out", quality={"metrics": ["prompt_accuracy"]})
+    with pytest.raises(UsageError, match=message):
+        _run(tiny_source, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
 
 
