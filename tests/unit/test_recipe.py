@@ -113,7 +113,7 @@ def test_a_binary_file_is_no_recipe(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="demo, sd-turbo-jetson"):
+    with pytest.raises(UsageError, match="demo, demo-2to4, sd-turbo-jetson"):
         load_recipe("demoo")
 
 
