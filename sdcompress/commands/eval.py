@@ -135,8 +135,9 @@ def command(
     unable = {} if metrics or preset else unavailable(settings, parent)
     if options["clip"] and "clip_score" in unable:  # it was asked for
         raise UsageError(f"clip_score: {unable['clip_score']}")
-    _remark(model, parent)
     first = processes().is_main_process
+    if first:
+        _remark(model, parent)
     key = f"{model.digest}\n{parent.digest}\n{settings.model_dump_json()}"
     with _work(keep_images, output, key, remove=first) as work, _progress(first) as progress:
         quality = evaluate(model, parent, settings, work=work, unable=unable, progress=progress)
@@ -148,8 +149,6 @@ def command(
 
 def _remark(model: Bundle, dense: Bundle) -> None:
     """Warn where the dense model is not that of the bundle: figures are of these two, then."""
-    import warnings
-
     from sdcompress.tuning._lineage import dense_digest
 
     if dense.manifest.plan is not None:
@@ -159,7 +158,7 @@ def _remark(model: Bundle, dense: Bundle) -> None:
     else:
         what = f"is not the model that {model.path} was made from ({model.manifest.source.id})"
     note = f"--against {dense.path}: {what}; figures compare with it as if it were the dense model"
-    warnings.warn(note, stacklevel=1)
+    click.echo(f"sdcompress: warning: {note}", err=True)
 
 
 @contextmanager

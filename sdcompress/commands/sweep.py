@@ -206,6 +206,12 @@ def command(
         seconds=watch.seconds,
     )
     emit(result, as_json, lambda console: _show(console, result))
+    if not found.keep:
+        click.echo(
+            f"sdcompress: warning: no tolerance for {', '.join(settings.metrics)}, so no cliffs; "
+            "repeat with --keep METRIC=LIMIT, points are not measured again",
+            err=True,
+        )
     if result.failed:
         first = next(iter(result.failed.values()))
         raise SdcompressError(

@@ -155,8 +155,7 @@ def parse_keep(texts: Iterable[str]) -> dict[str, float]:
             limit = math.nan
         if not (math.isfinite(limit) and limit > 0):
             raise UsageError(
-                f"--keep {text}: expected a number above 0, as in {metric}="
-                f"{20 if metric == 'psnr' else 0.98}, found {number!r}"
+                f"--keep {text}: expected a number above 0, as in {metric}=0.98, found {number!r}"
             )
         if limit > (best := _best(metric)):
             raise UsageError(
