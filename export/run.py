@@ -599,6 +599,8 @@ def _quality_settings(
     unable = unavailable(settings, source)
     if missing := [name for name in settings.metrics if name in unable]:
         raise UsageError(f"quality.metrics: {missing[0]}: {unable[missing[0]]}")
+    if asked.clip and "clip_score" in unable:
+        raise UsageError(f"quality.clip: {unable['clip_score']}")
     return settings
 
 

@@ -115,7 +115,7 @@ class Bundle:
         if stages and manifest.stage not in stages:
             raise InputError(
                 f"{path}: expected a bundle of stage {' or '.join(stages)}, found "
-                f"{manifest.stage}; {_NEXT[manifest.stage]}"
+                f"{manifest.stage}; {_next(manifest.stage, stages)}"
             )
         return cls(path, manifest, hashlib.sha256(raw).hexdigest())
 
@@ -152,13 +152,14 @@ class Bundle:
                 )
 
 
-_NEXT = {
-    "source": "run `sdcompress prune` or `sdcompress export` on it",
-    "pruned": "run `sdcompress export` on it",
-    "tuned": "run `sdcompress export` on it",
-    "onnx": "run `sdcompress build` on it",
-    "engine": "give the bundle it was built from",
-}
+_ORDER: tuple[Stage, ...] = ("source", "pruned", "tuned", "onnx", "engine")
+
+
+def _next(found: Stage, wanted: Sequence[Stage]) -> str:
+    """What to do about a bundle of another stage than is wanted."""
+    if _ORDER.index(found) > max(map(_ORDER.index, wanted)):
+        return "give the bundle it was made from"
+    return f"run `sdcompress {'build' if found == 'onnx' else 'export'}` on it"
 
 
 @contextmanager

@@ -149,16 +149,17 @@ def command(
 
 def _remark(model: Bundle, dense: Bundle) -> None:
     """Warn where the dense model is not that of the bundle: figures are of these two, then."""
-    from sdcompress.tuning._lineage import dense_digest
+    from sdcompress.errors import SdcompressError
+    from sdcompress.tuning._lineage import check_lineage
 
-    if dense.manifest.plan is not None:
-        what = f"expected the dense model, found a {dense.manifest.stage} bundle"
-    elif model.manifest.plan is None or dense_digest(model) in (None, dense.digest):
-        return
-    else:
-        what = f"is not the model that {model.path} was made from ({model.manifest.source.id})"
-    note = f"--against {dense.path}: {what}; figures compare with it as if it were the dense model"
-    click.echo(f"sdcompress: warning: {note}", err=True)
+    try:
+        if model.manifest.plan is not None:
+            check_lineage(model, dense)
+        elif dense.manifest.plan is not None:
+            raise UsageError(f"{dense.path}: is a {dense.manifest.stage} bundle, not a dense model")
+    except SdcompressError as e:
+        what = str(e).partition(";")[0]
+        click.echo(f"sdcompress: warning: {what}; figures are of these two all the same", err=True)
 
 
 @contextmanager

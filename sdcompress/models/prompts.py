@@ -56,8 +56,9 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not UTF-8"
         raise UsageError(
-            f"{file}: expected a text file of prompts in UTF-8, one a line, found none ({e})"
+            f"{file}: expected a text file of prompts in UTF-8, one a line, found none ({why})"
         ) from e
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:

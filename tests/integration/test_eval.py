@@ -14,10 +14,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from sdcompress.bundle import Bundle
+from sdcompress.bundle import Bundle, SourceRecord
 from sdcompress.commands import cli
+from sdcompress.commands.eval import _remark
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.quality import Quality
+from sdcompress.models.mini_sd2 import WEIGHTS
 
 torch = pytest.importorskip("torch")
 
@@ -190,3 +192,23 @@ def test_what_is_refused(command: Callable[..., list[str]], tiny_sd: Path, tmp_p
     assert "no such directory" in refused("--metric", "clip_score", "--clip", "./no-clip")
     assert "ramesh-zhao-2024 needs its data" in refused("--preset", "ramesh-zhao-2024")
     assert "height 12 does not fit" in refused("--height", 12)
+
+
+def test_a_clip_that_is_asked_for_has_to_be_there(
+    pruned: Bundle, tiny_sd: Path, tmp_path: Path
+) -> None:
+    start = ["eval", str(pruned.path), "--against", str(tiny_sd), "--samples", "2"]
+    with pytest.raises(UsageError, match="clip_score: .*no such directory"):
+        run([*start, "--clip", "./no-clip", "-o", str(tmp_path / "q.json")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unrelated_model_is_remarked_on(
+    pruned: Bundle, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _remark(pruned, Bundle.of_source(tiny_sd, SourceRecord(id="a copy", kind="directory")))
+    assert capsys.readouterr().err == ""
+    _remark(pruned, Bundle.of_source(WEIGHTS, SourceRecord(id="mini-sd2", kind="mini-sd2")))
+    assert "is not the model that" in capsys.readouterr().err
+    _remark(pruned, pruned)
+    assert "found a pruned bundle; figures are of these two all the same" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_a_bundle_keeps_its_origin(tiny: Path) -> None:
 def test_an_onnx_bundle_is_no_model(tiny: Path) -> None:
     made = Bundle.of_source(tiny, SourceRecord(id="mini-sd2", kind="mini-sd2"))
     seal(tiny, made.manifest.model_copy(update={"stage": "onnx"}))
-    with pytest.raises(InputError, match="found onnx"):
+    with pytest.raises(InputError, match="found onnx; give the bundle it was made from"):
         sources.resolve(str(tiny))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdcompress.bundle import Bundle
-from sdcompress.errors import UsageError
+from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.quality import QualitySettings
 from sdcompress.recipe import Tune
 from sdcompress.sweep.grid import (
@@ -19,7 +19,14 @@ from sdcompress.sweep.grid import (
     published,
     read_points,
 )
-from sdcompress.sweep.points import Curve, Part, Point, point_digest, point_recipe
+from sdcompress.sweep.points import (
+    Curve,
+    Part,
+    Point,
+    point_digest,
+    point_recipe,
+    refuse_foreign,
+)
 from sdcompress.sweep.run import parse_keep
 
 
@@ -235,3 +242,16 @@ def test_the_command_refuses_before_it_opens_the_model(options: list[str], messa
 
     with pytest.raises(UsageError, match=message):
         cli.main(["sweep", "no-such-model", "-o", "out", *options], standalone_mode=False)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    refuse_foreign(tmp_path / "new")
+    (tmp_path / "pictures").mkdir()
+    refuse_foreign(tmp_path)  # a sweep that was killed before its first point
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(InputError, match=r"found manifest.json, pictures; choose another folder"):
+        refuse_foreign(tmp_path)
+    (tmp_path / "points").mkdir()
+    refuse_foreign(tmp_path)
+    with pytest.raises(InputError, match="expected a folder, found a file"):
+        refuse_foreign(tmp_path / "manifest.json")

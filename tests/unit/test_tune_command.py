@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdcompress.commands.tune import _settings, command
+from sdcompress.commands.tune import _refuse_unused, _settings, command
 from sdcompress.errors import UsageError
 from sdcompress.recipe import Tune
 
@@ -52,3 +52,12 @@ def test_what_cannot_be_is_refused(asked: dict[str, Any], message: str) -> None:
 def test_a_recipe_without_tuning_is_refused() -> None:
     with pytest.raises(UsageError, match="recipe demo: expected a 'tune' section, found none"):
         _settings("demo", {})
+
+
+def test_an_option_the_method_does_not_look_at_is_refused() -> None:
+    _refuse_unused({"decay": 0.1, "broken_images": "skip", "steps": 3}, "sr_ste")
+    _refuse_unused({"cycles": 3}, "dsnot")
+    with pytest.raises(UsageError, match="--cycles is for dsnot, found distill"):
+        _refuse_unused({"cycles": 3}, "distill")
+    with pytest.raises(UsageError, match="--broken-images is for finetune and sr_ste"):
+        _refuse_unused({"broken_images": "skip"}, "distill")
