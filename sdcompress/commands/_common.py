@@ -73,6 +73,43 @@ def model_options(f: F) -> F:
     return f
 
 
+def picture_options(f: F) -> F:
+    """The options that say what pictures are made and measured; fields of QualitySettings."""
+    folder, file = click.Path(exists=True, file_okay=False), click.Path(exists=True, dir_okay=False)
+    options = (
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0, max=1 << 32),
+            default=0,
+            show_default=True,
+            help="Picture i uses seed + i.",
+        ),
+        click.option("--steps", type=click.IntRange(min=1, max=1000), help="Denoising steps."),
+        click.option("--guidance", type=GUIDANCE, help="Guidance; 1 or less runs one branch."),
+        click.option("--height", type=click.IntRange(min=8), help="Pixels."),
+        click.option("--width", type=click.IntRange(min=8), help="Pixels."),
+        click.option(
+            "--batch", type=click.IntRange(min=1), help="Pictures made at once.  [default: 16]"
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            help="What pictures are computed in.  [default: fp32]",
+        ),
+        click.option(
+            "--clip", metavar="NAME|DIR", help="The CLIPModel that scores, on the hub or on disk."
+        ),
+        click.option("--real-images", type=folder, help="What inception_fid compares with."),
+        click.option("--real-statistics", type=file, help="The same, as mu and sigma in an .npz."),
+        click.option(
+            "--inception-weights", type=file, help="Its network, where it cannot be fetched."
+        ),
+    )
+    for option in reversed(options):  # as decorators stand, the first one on top
+        f = option(f)
+    return f
+
+
 def open_model(model: str, **how: Any) -> Bundle:
     """A model source, or an existing bundle of weights, as a bundle."""
     from sdcompress.bundle import MANIFEST, Bundle
@@ -141,8 +178,8 @@ def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
 
 
 @contextmanager
-def counted_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over things that are counted, such as pictures; on a terminal only."""
+def told_progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar that also changes what it says, such as the loss; on a terminal only."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -153,7 +190,16 @@ def counted_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     )
     with _progress(*columns) as progress:
         task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        yield lambda doing, done, total: progress.update(
+            task, description=doing, completed=done, total=total
+        )
+
+
+@contextmanager
+def counted_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over things that are counted, such as pictures; on a terminal only."""
+    with told_progress(what) as tell:
+        yield lambda done, total: tell(what, done, total)
 
 
 @contextmanager

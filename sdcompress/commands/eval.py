@@ -14,12 +14,12 @@ import click
 
 from sdcompress import registry
 from sdcompress.commands._common import (
-    GUIDANCE,
     counted_progress,
     emit,
     json_option,
     model_options,
     open_model,
+    picture_options,
 )
 from sdcompress.errors import UsageError
 from sdcompress.evaluation.presets import PRESETS
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from sdcompress.evaluation.quality import Estimate, MetricResult
 
 Output = Quality
-_FOLDER = click.Path(exists=True, file_okay=False)
-_FILE = click.Path(exists=True, dir_okay=False)
 
 
 @click.command()
@@ -56,37 +54,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), help="A study's protocol; says what it needs."
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0, max=1 << 32),
-    default=0,
-    show_default=True,
-    help="Picture i uses seed + i.",
-)
-@click.option("--steps", type=click.IntRange(min=1, max=1000), help="Denoising steps.")
-@click.option("--guidance", type=GUIDANCE, help="Guidance scale; 1 or less runs one branch.")
-@click.option("--height", type=click.IntRange(min=8), help="Pixels.")
-@click.option("--width", type=click.IntRange(min=8), help="Pixels.")
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Pictures made at once.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="What the models run in.  [default: fp32]",
-)
-@click.option(
-    "--clip", metavar="NAME|DIR", help="The CLIPModel of the CLIP metrics, on the hub or on disk."
-)
-@click.option("--real-images", type=_FOLDER, help="What inception_fid compares with.")
-@click.option("--real-statistics", type=_FILE, help="The same, saved as mu and sigma in an .npz.")
-@click.option(
-    "--inception-weights", type=_FILE, help="The network's weights, where it cannot be fetched."
-)
+@picture_options
 @click.option(
     "--keep-images",
     type=click.Path(path_type=Path, file_okay=False),
@@ -197,7 +165,8 @@ def _show(console: Console, quality: Quality, kept: Path | None) -> None:
     for name, result in quality.metrics.items():
         parts = (result.model, result.dense, result.difference, result.floor)
         cells = (_estimate(part, result) for part in parts)
-        table.add_row(f"{name} ({result.unit})", result.better, *cells, _says(result))
+        unit = "" if result.unit == "1" else f" ({result.unit})"
+        table.add_row(name + unit, result.better, *cells, _says(result))
     console.print(table)
     warnings = [(name, text) for name, r in quality.metrics.items() for text in r.warnings]
     for name, text in (*warnings, *(("", text) for text in quality.warnings)):

@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from sdcompress import registry
 from sdcompress.catalog import COMPONENTS
 from sdcompress.commands._common import (
-    GUIDANCE,
     Finite,
     Stopwatch,
     emit,
     json_option,
     model_options,
     open_model,
+    picture_options,
     size,
     stage_status,
 )
@@ -117,27 +117,7 @@ class Output(BaseModel):
     metavar="FILE",
     help="Prompts, one a line, instead of those that come with the model.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0, max=1 << 32),
-    default=0,
-    show_default=True,
-    help="Picture i uses seed + i.",
-)
-@click.option("--steps", type=click.IntRange(min=1, max=1000), help="Denoising steps.")
-@click.option("--guidance", type=GUIDANCE, help="Guidance scale; 1 or less runs one branch.")
-@click.option("--height", type=click.IntRange(min=8), help="Pixels.")
-@click.option("--width", type=click.IntRange(min=8), help="Pixels.")
-@click.option("--batch", type=click.IntRange(min=1), help="Pictures at a time.  [default: 16]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="What pictures are computed in.  [default: fp32]",
-)
-@click.option("--clip", help="The CLIP model that scores, by name or path.")
-@click.option("--real-images", metavar="DIR", help="What inception_fid is measured against.")
-@click.option("--real-statistics", metavar="NPZ", help="The same as mean and covariance.")
-@click.option("--inception-weights", metavar="FILE", help="The network of inception_fid.")
+@picture_options
 @click.option(
     "--median", "by_value", is_flag=True, help="Let figures hold, whatever their intervals say."
 )

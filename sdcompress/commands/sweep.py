@@ -11,13 +11,13 @@ from pydantic import BaseModel
 from sdcompress import registry
 from sdcompress.catalog import COMPONENTS
 from sdcompress.commands._common import (
-    GUIDANCE,
     Stopwatch,
     emit,
     json_option,
     model_options,
     open_model,
     phase_progress,
+    picture_options,
 )
 from sdcompress.errors import SdcompressError, UsageError
 from sdcompress.sweep.grid import PRESETS
@@ -108,23 +108,7 @@ class Output(BaseModel):
     metavar="FILE",
     help="Prompts, one a line, instead of those that come with the model.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0, max=1 << 32), help="Picture i uses seed + i.  [default: 0]"
-)
-@click.option("--steps", type=click.IntRange(min=1, max=1000), help="Denoising steps.")
-@click.option("--guidance", type=GUIDANCE, help="Guidance scale; 1 or less runs one branch.")
-@click.option("--height", type=click.IntRange(min=8), help="Pixels.")
-@click.option("--width", type=click.IntRange(min=8), help="Pixels.")
-@click.option("--batch", type=click.IntRange(min=1), help="Pictures at a time.  [default: 16]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="What pictures are computed in.  [default: fp32]",
-)
-@click.option("--clip", help="The CLIP model that scores, by name or path.")
-@click.option("--real-images", metavar="DIR", help="What inception_fid is measured against.")
-@click.option("--real-statistics", metavar="NPZ", help="The same as mean and covariance.")
-@click.option("--inception-weights", metavar="FILE", help="The network of inception_fid.")
+@picture_options
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),

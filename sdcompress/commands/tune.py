@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from sdcompress.commands._common import (
     model_options,
     open_model,
     output_option,
+    told_progress,
 )
 from sdcompress.plan import Accounting
 
@@ -150,7 +149,7 @@ def command(
     refuse_existing(output)
     parent = _open(pruned)
     source = open_model(dense, **how) if dense else find_dense(parent)
-    with _bar() as progress:
+    with told_progress("loading") as progress:
         bundle = tune(parent, settings, output, dense=source, fresh=fresh, progress=progress)
     if not processes().is_main_process:
         return
@@ -230,28 +229,6 @@ def _open(pruned: str) -> Bundle:
     bundle = Bundle.open(Path(pruned), stages=("pruned", "tuned"))
     bundle.check_files()
     return bundle
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar for all of it; what it says changes with the loss."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    from sdcompress.commands._common import _progress
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with _progress(*columns) as progress:
-        task = progress.add_task("loading", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
-        yield show
 
 
 def _remark(details: dict[str, Any]) -> None:
