@@ -28,6 +28,7 @@ from export.bench import environment
 from sdcompress.bundle import write_json
 from sdcompress.evaluation.quality import MetricResult, Quality
 from sdcompress.evaluation.statistics import mean_interval
+from sdcompress.sweep.points import read_point
 
 HERE = Path(__file__).parent
 SDCOMPRESS = [sys.executable, "-m", "sdcompress"]
@@ -100,17 +101,20 @@ def sweeps(work: Path) -> dict[str, Any]:
             source = {"csv": "results.csv", "svg": "plot.svg"}[kind]
             shutil.copyfile(out / source, HERE / f"{component}.{kind}")
         sweep = json.loads((out / "sweep.json").read_text())
-        found[component] = {"cliffs": sweep["cliffs"], "magnitude_minus_wanda": _duel(sweep)}
+        found[component] = {"cliffs": sweep["cliffs"], "magnitude_minus_wanda": _duel(out, sweep)}
     return found
 
 
-def _duel(sweep: dict[str, Any]) -> list[dict[str, Any]]:
+def _duel(out: Path, sweep: dict[str, Any]) -> list[dict[str, Any]]:
     """Prompt accuracy of magnitude minus Wanda at each sparsity, paired by prompt."""
     values: dict[float, dict[str, tuple[float, ...]]] = {}
     for entry in sweep["points"]:
         (part,) = entry["point"]["parts"].values()
         scores = values.setdefault(part["sparsity"], {})
-        scores[part["criterion"]] = entry["metrics"][ACCURACY]["values"]
+        point = read_point(out, entry["digest"])  # sweep.json has no values of single prompts
+        assert point
+        assert point.quality
+        scores[part["criterion"]] = point.quality.metrics[ACCURACY].values
     rows = []
     for sparsity, scores in sorted(values.items()):
         value, low, high = mean_interval(np.subtract(scores["magnitude"], scores["wanda"]))
