@@ -118,7 +118,7 @@ def command(
 def _remark(model: Bundle, dense: Bundle) -> None:
     """Warn where the dense model is not that of the bundle: figures are of these two, then."""
     from sdcompress.errors import SdcompressError
-    from sdcompress.tuning._lineage import check_lineage
+    from sdcompress.tuning import check_lineage
 
     try:
         if model.manifest.plan is not None:

@@ -26,7 +26,7 @@ from sdcompress.tuning._lineage import check_lineage, find_dense
 from sdcompress.tuning._log import log_path, require_tensorboard
 from sdcompress.tuning._write import write_bundle
 
-__all__ = ["check", "find_dense", "tune"]
+__all__ = ["check", "check_lineage", "find_dense", "tune"]
 
 CHECKPOINT = "checkpoint.pt"
 
