@@ -126,6 +126,20 @@ def ungrouped(groups: Tensor, shape: tuple[int, ...], pattern: Pattern) -> Tenso
     return groups.reshape(rows, *kernel, channels).movedim(-1, REDUCTION_AXIS)
 
 
+def as_columns(weight: Tensor) -> Tensor:
+    """[K, columns]: what multiplies one output, in the order of the groups.
+
+    The columns of a Conv [K, C, R, S] run along C first, then along the kernel's positions.
+    """
+    return weight.movedim(REDUCTION_AXIS, -1).reshape(weight.shape[0], -1)
+
+
+def from_columns(columns: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What `as_columns` gave, in the weight's own shape again."""
+    rows, channels, *kernel = shape
+    return columns.reshape(rows, *kernel, channels).movedim(-1, REDUCTION_AXIS)
+
+
 def _drop_lowest(scores: Tensor, zeros: int) -> Tensor:
     """Drop the `zeros` lowest along the last axis of `scores`."""
     import torch

@@ -25,7 +25,8 @@ class Rule(_Part):
     """One rule: the layers it speaks of, and what becomes of them.
 
     `layers` is a glob on state-dict keys ("down_blocks.*.attentions.*"; `.weight` may be left off).
-    `sparsity` is the fraction of zeros; an N:M pattern brings its own.
+    `sparsity` is the fraction of zeros; an N:M pattern brings its own. `min_sparsity` and
+    `max_sparsity` bound what an allocation may ask of any one layer.
     """
 
     layers: str = "*"
@@ -35,6 +36,8 @@ class Rule(_Part):
     criterion: str = "magnitude"
     pattern: str = "unstructured"
     sparsity: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    min_sparsity: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    max_sparsity: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
 
     @field_validator("criterion")
     @classmethod
@@ -46,7 +49,7 @@ class Rule(_Part):
         if self.keep:
             # By value: a recipe that was written out again names every key.
             fields = type(self).model_fields
-            ways = ("criterion", "pattern", "sparsity")
+            ways = ("criterion", "pattern", "sparsity", "min_sparsity", "max_sparsity")
             if extra := [w for w in ways if getattr(self, w) != fields[w].default]:
                 raise ValueError(f"'keep: dense' takes no {', '.join(extra)}")
             if not self.reason:
@@ -81,6 +84,12 @@ class Calibration(_Part):
     `prompts` empty: the first `count` of those that come with the model (see `models.prompts`);
     else all of them, whatever `count` is. Picture i uses seed `seed + i`; steps and guidance left
     out are the model's own.
+
+    `images`: a folder of pictures and captions that gradients are taken on; by default the pictures
+    that the dense model makes of the prompts. `packages`: the layers are calibrated and pruned in
+    so many parts, one after the other, each seeing the parts before it pruned; more of them take
+    more passes and less memory. `max_hessian`: a Conv of more columns (channels times kernel
+    positions) has one Hessian for each kernel position.
     """
 
     prompts: tuple[str, ...] = ()
@@ -88,6 +97,9 @@ class Calibration(_Part):
     seed: int = 0
     steps: int | None = Field(default=None, ge=1, le=1000)
     guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    images: str | None = None
+    packages: int = Field(default=1, ge=1)
+    max_hessian: int = Field(default=8192, ge=1)
 
 
 class Tune(_Part):
@@ -165,6 +177,21 @@ class Tune(_Part):
         """What a checkpoint must have been made by, to be gone on from."""
         free = {"checkpoint_every", "log", "on_divergence"}
         return self.model_dump(mode="json", exclude=free)
+
+
+class Schedule(_Part):
+    """Pruning in several rounds, each on what the last one left.
+
+    Sparsity grows from `initial` to what the rules ask for, fast at first: s_t = s + (s_0 - s) *
+    (1 - t/T)**3; an N:M pattern comes down to its N by way of (M-1):M. Scores are computed anew in
+    every round, and so are statistics if `recalibrate` says so. `tune` is what happens between two
+    rounds, after all but the last.
+    """
+
+    rounds: int = Field(default=1, ge=1)
+    initial: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
+    recalibrate: bool = True
+    tune: Tune | None = None
 
 
 class Export(_Part):
@@ -268,6 +295,7 @@ class Recipe(_Part):
     seed: int = 0
     prune: dict[str, ComponentRecipe] = Field(min_length=1)
     calibration: Calibration = Calibration()
+    schedule: Schedule = Schedule()
     tune: Tune | None = None
     export: Export = Export()
     engine: Engine = Engine()

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DATA_FREE = frozenset({"seed"})
-# What `calibrate` can record while a model paints; each is a property of LayerStats.
-STATISTICS = frozenset({"input_sq_norm", "input_mean", "input_var"})
+# What `calibrate` can record; each is a property of LayerStats.
+INPUTS = frozenset({"input_sq_norm", "input_mean", "input_var", "hessian", "step_hessian"})
+GRADIENTS = frozenset({"grad_mean", "grad_abs", "grad_sq"})
+STATISTICS = INPUTS | GRADIENTS
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,36 @@ class LayerStats:
     def input_var(self) -> Tensor:
         """The variance of x, that is the mean of x² less the square of the mean."""
         return self._find("input_var")
+
+    @property
+    def hessian(self) -> Tensor:
+        """Σ x xᵀ over the columns of the weight: [columns, columns].
+
+        Columns are in the order of `patterns.as_columns`. A Conv of more than `max_hessian` columns
+        has one block for each position in the kernel, [R·S, C, C].
+        """
+        return self._find("hessian")
+
+    @property
+    def step_hessian(self) -> Tensor:
+        """`hessian` with every denoising step weighted: Σ α x xᵀ, α falling from step to step."""
+        return self._find("step_hessian")
+
+    @property
+    def grad_mean(self) -> Tensor:
+        """The mean of g, the gradient of the denoising loss, over the samples: shaped as the
+        weight, as are the next two."""
+        return self._find("grad_mean")
+
+    @property
+    def grad_abs(self) -> Tensor:
+        """The mean of |g|."""
+        return self._find("grad_abs")
+
+    @property
+    def grad_sq(self) -> Tensor:
+        """The mean of g²."""
+        return self._find("grad_sq")
 
     def _find(self, statistic: str) -> Tensor:
         if statistic not in self.recorded:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.functional import unfold
 from torch.nn.modules.module import register_module_forward_hook
 
-from sdcompress import calibrate
 from sdcompress.bundle import Bundle, SourceRecord
 from sdcompress.calibrate import collect, complete
+from sdcompress.calibrate._inputs import Inputs
 from sdcompress.criteria import STATISTICS, LayerStats
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.images import generate_from_weights
@@ -107,7 +107,7 @@ def test_the_activations_are_those_of_the_pictures(tiny_source: Bundle, guidance
 def test_sums_are_those_of_what_every_weight_meets(layer: Any) -> None:
     linear = isinstance(layer, nn.Linear)
     batches = [torch.randn((n, 7, 5) if linear else (n, 4, 9, 8)) for n in (2, 3)]
-    one = calibrate._Inputs(layer, STATISTICS)
+    one = Inputs(layer, STATISTICS)
     layer.register_forward_hook(one.add)
     for batch in batches:
         layer(batch)
@@ -128,7 +128,7 @@ def test_padding_by_name_and_around_the_edge() -> None:
     x = torch.randn(1, 2, 4, 4)
     found = []
     for layer in (same, by_number, around):
-        one = calibrate._Inputs(layer, frozenset({"input_sq_norm"}))
+        one = Inputs(layer, frozenset({"input_sq_norm"}))
         layer.register_forward_hook(one.add)
         layer(x)
         found.append(one.statistics(frozenset({"input_sq_norm"}))["input_sq_norm"])

@@ -1,0 +1,114 @@
+"""What comes by while the model paints the prompts, step after step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sdcompress.calibrate._inputs import Inputs
+from sdcompress.calibrate._layers import find_module, unused
+from sdcompress.evaluation.images import initial_latents
+from sdcompress.evaluation.processes import processes
+from sdcompress.recipe import Calibration
+
+if TYPE_CHECKING:
+    from sdcompress.calibrate import Calibrator, Counted, Statistics, Wanted
+
+BATCH = 8  # pictures at a time: the memory of a small GPU is enough for them
+
+_UNPAINTED = ("encoder.", "quant_conv.")  # of the VAE: painting only decodes
+
+
+def record(calibrator: Calibrator, wanted: Wanted, progress: Counted) -> Statistics:
+    """Paint with the model and sum up what the wanted layers are given: `Calibrator.record`."""
+    import torch
+
+    pipeline, asked = calibrator.pipeline, calibrator.asked
+    if never := [layer for layer in wanted.get("vae", ()) if layer.startswith(_UNPAINTED)]:
+        raise unused(f"vae/{never[0]}")  # now, and not after the first pictures
+    state = processes()
+    seeds = range(asked.seed, asked.seed + len(asked.prompts))
+    mine = list(batches(asked.prompts, seeds))[state.process_index :: state.num_processes]
+    each = (asked.steps or 0) if _denoises(wanted) else 1
+    total = each * sum(len(prompts) for prompts, _ in mine)
+    done = 0
+
+    def count(pictures: int) -> None:
+        nonlocal done
+        done += pictures
+        progress(min(done, total), total)  # some schedulers take more steps than they are asked
+
+    with _listening(pipeline, wanted) as inputs, torch.no_grad():
+        for prompts, numbers in mine:
+            paint(pipeline, prompts, numbers, asked, wanted, count)
+            for name, one in inputs.items():
+                one.check("/".join(name))
+    found: Statistics = {component: {} for component in wanted}
+    for (component, layer), one in inputs.items():
+        found[component][layer] = one.statistics(wanted[component][layer])
+    return found
+
+
+def batches(
+    prompts: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
+    for start in range(0, len(prompts), BATCH):
+        yield prompts[start : start + BATCH], seeds[start : start + BATCH]
+
+
+def paint(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    asked: Calibration,
+    wanted: Iterable[str],
+    count: Callable[[int], None],
+) -> None:
+    """Run the wanted components, and those before them, for one batch.
+
+    `count` is told how many pictures have come a step further.
+    """
+    import torch
+
+    def after_step(*_: Any) -> dict[str, Any]:
+        count(len(prompts))
+        return {}
+
+    guided = asked.guidance is not None and asked.guidance > 1
+    if not _denoises(wanted):
+        pipeline.encode_prompt(list(prompts), pipeline.device, 1, guided)
+        after_step()
+        return
+    config = pipeline.unet.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pipeline(
+        list(prompts),
+        latents=torch.cat([initial_latents(g, shape) for g in generators]),
+        generator=generators,
+        num_inference_steps=asked.steps,
+        guidance_scale=asked.guidance,
+        output_type="pt" if "vae" in wanted else "latent",
+        callback_on_step_end=after_step,
+    )
+
+
+def _denoises(wanted: Iterable[str]) -> bool:
+    return set(wanted) != {"text_encoder"}
+
+
+@contextmanager
+def _listening(pipeline: Any, wanted: Wanted) -> Iterator[dict[tuple[str, str], Inputs]]:
+    """The sums of every wanted layer, which grow with each forward pass while the block lasts."""
+    inputs = {
+        (component, layer): Inputs(find_module(getattr(pipeline, component), layer), statistics)
+        for component, layers in wanted.items()
+        for layer, statistics in layers.items()
+    }
+    hooks = [one.module.register_forward_hook(one.add) for one in inputs.values()]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
