@@ -43,9 +43,7 @@ from sdcompress.bundle import (
     write_json,
     write_text,
 )
-from sdcompress.catalog import read_catalog
 from sdcompress.errors import InputError, UsageError, VerificationError
-from sdcompress.plan import make_plan
 from sdcompress.recipe import Recipe
 from sdcompress.report import picture_quality, write_report
 from sdcompress.results import Results
@@ -162,8 +160,8 @@ class Workspace:
             self._save()
 
     def drop_checkpoints(self, keep: Path | None = None) -> None:
-        """Remove what tunings that were stopped have left, but for those in `keep`."""
-        for stale in set(self.path.glob(".tuning-*")) - {keep}:
+        """Remove what rounds and tunings that were stopped have left, but for those in `keep`."""
+        for stale in {*self.path.glob(".tuning-*"), *self.path.glob(".pruned.rounds")} - {keep}:
             shutil.rmtree(stale, ignore_errors=True)
 
     def _begin(self, stage: str) -> None:
@@ -269,6 +267,9 @@ class _Job:
     @classmethod
     def check(cls, recipe: Recipe, source: Bundle) -> _Job:
         """Raises UsageError for what would fail later, before anything slow."""
+        from sdcompress.rounds import check as check_rounds
+        from sdcompress.tuning import check as check_tuning
+
         prompts, wanted = len(recipe.pictures.prompts), recipe.export.calibrate
         if wanted > prompts:
             raise UsageError(
@@ -283,11 +284,9 @@ class _Job:
         asked, geometry = job.sampling, Geometry.read(source.path, "vae")
         geometry.latent_shape(asked["height"], asked["width"])
         job = replace(job, quality=_quality_settings(recipe, source, job.sampling))
-        plan = make_plan(recipe, read_catalog(source.path))
+        plan = check_rounds(source, recipe)
         if recipe.tune:
-            from sdcompress.tuning import check
-
-            check(plan, recipe.tune)
+            check_tuning(plan, recipe.tune)
         if target is None:
             return job
         return replace(job, warnings=warnings(target, recipe, plan, geometry.default_size))
@@ -308,16 +307,16 @@ def _sparse_weights(
     place: Workspace, source: Bundle, recipe: Recipe, announce: Announce, tell: Tell
 ) -> Bundle:
     """Prune, and tune if the recipe says so."""
-    from sdcompress.prune import decisive, prune
+    from sdcompress.prune import decisive
+    from sdcompress.rounds import prune_in_rounds
 
-    pruned = _bundle(
-        place,
-        "pruned",
-        decisive(recipe),
-        lambda parent, path: prune(parent, recipe, path, replace=True),
-        source,
-        announce,
-    )
+    def prune(parent: Bundle, path: Path) -> Bundle:
+        def progress(what: str, done: int, of: int) -> None:
+            tell(f"{what}: {done / max(of, 1):.0%}")
+
+        return prune_in_rounds(parent, recipe, path, replace=True, progress=progress)
+
+    pruned = _bundle(place, "pruned", decisive(recipe), prune, source, announce)
     if not (settings := recipe.tune):
         place.drop("tuned")
         return pruned

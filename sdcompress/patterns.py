@@ -23,7 +23,6 @@ REDUCTION_AXIS = 1  # of both Linear [out, in] and Conv [K, C, R, S]
 MAX_M = 16
 
 Compare = Literal["tensor", "row"]
-Select = Callable[["Tensor"], "Tensor"]  # scores → mask of weights to keep
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,60 @@ def _drop_lowest(scores: Tensor, zeros: int) -> Tensor:
     order = torch.argsort(scores, dim=-1, stable=True)
     keep = torch.ones_like(scores, dtype=torch.bool)
     return keep.scatter_(-1, order[..., :zeros], False)
+
+
+class Select:
+    """Chooses what goes a few columns at a time, for methods that change later columns meanwhile.
+
+    Columns are those of `as_columns`; `width` of them are chosen together. `zeros` weights go in
+    all, or as many as N:M says. `gone` (boolean, of the weight's shape) was pruned in an earlier
+    round: it goes whatever its score, and counts.
+
+    For N:M, `width` is M. Without a pattern, `plan` finds out beforehand how many go in each
+    column: the same share of each would force out what matters where it is most.
+    """
+
+    def __init__(
+        self, pattern: Pattern, shape: tuple[int, ...], zeros: int, gone: Tensor | None = None
+    ) -> None:
+        self.width = 8 if pattern.m is None else pattern.m
+        self._pattern = pattern
+        self._shape = (shape[0], math.prod(shape[1:]))
+        self._zeros = zeros
+        self._gone = None if gone is None else as_columns(gone)
+        self._before: list[int] = []  # how many zeros there are to be in the columns before each
+
+    def plan(self, scores: Tensor) -> None:
+        """Share out the zeros over all columns, by first scores [K, columns] of every weight."""
+        if self._pattern.m is None:
+            scores = self._without_gone(scores, 0)
+            dropped = ~keep_mask(scores, UNSTRUCTURED, self._zeros, "tensor")
+            self._before = [0, *dropped.sum(0).cumsum(0).tolist()]
+
+    def __call__(self, scores: Tensor, first: int) -> Tensor:
+        """The mask of weights to keep among the columns from `first` on, shaped like `scores`.
+
+        `scores` [K, columns], a multiple of `width` of them unless they are the last. Without a
+        pattern all rows and columns compete, for as many zeros as `plan` says, or for an even share
+        where it was not called.
+        """
+        scores = self._without_gone(scores, first)
+        zeros = 0
+        if self._pattern.m is None:
+            if not self._before:
+                import torch
+
+                rows = torch.arange(self._shape[0], device=scores.device)
+                self.plan(rows[:, None].expand(self._shape))
+            zeros = self._before[first + scores.shape[1]] - self._before[first]
+        # What is gone stays so even where there were to be fewer zeros.
+        return keep_mask(scores, self._pattern, zeros, "tensor") & (scores > -math.inf)
+
+    def _without_gone(self, scores: Tensor, first: int) -> Tensor:
+        if self._gone is None:
+            return scores
+        gone = self._gone[:, first : first + scores.shape[1]].to(scores.device)
+        return scores.float().masked_fill(gone, -math.inf)
 
 
 class Threshold:

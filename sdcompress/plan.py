@@ -180,11 +180,8 @@ def _check_rules(
 ) -> None:
     candidates = [layer for layer in layers if layer.why_not is None]
     for i, rule in enumerate(section.rules, 1):
-        if section.allocation == "global" and compare[rule.criterion] == "row":
-            raise UsageError(
-                f"{component}, rule {i}: {rule.criterion} compares weights within each output row, "
-                "a global threshold compares all; use 'allocation: uniform'"
-            )
+        if problem := _no_way(section.allocation, rule, component):
+            raise UsageError(f"{component}, rule {i}: {problem}")
         known = DATA_FREE | STATISTICS
         if missing := load_criterion(rule.criterion).needs - known:
             raise UsageError(
@@ -207,11 +204,33 @@ def _check_rules(
             )
 
 
+def _no_way(allocation: str, rule: Rule, component: str) -> str | None:
+    """Why a rule's sparsity cannot be spread like this, or None if it can."""
+    if rule.keep or parse_pattern(rule.pattern).sparsity is not None:
+        return None
+    instead = "use 'allocation: uniform' or another"
+    criterion = load_criterion(rule.criterion)
+    if allocation == "global" and criterion.compare == "row":
+        return (
+            f"{rule.criterion} compares weights within each output row, a global threshold "
+            f"compares all; {instead}"
+        )
+    if allocation == "global" and criterion.solve:
+        return (
+            f"{rule.criterion} changes the weights it chooses among, a global threshold has to "
+            f"know all of them before; {instead}"
+        )
+    if allocation == "sensitivity" and component == "vae":
+        return f"sensitivity looks at the noise prediction, where the VAE has no part; {instead}"
+    return None
+
+
 def shortfalls(plan: SparsityPlan, recipe: Recipe) -> list[str]:
     """Where a resolved plan has fewer zeros than the recipe asks for; empty if nowhere.
 
     Counted anew from the request: the resolved figures are what is being checked. Layers under a
-    shared allocation answer for their rule's total.
+    shared allocation answer for their rule's total, or for what its limits leave of it: no more
+    than uniform layers would be rounded to.
     """
     short: list[str] = []
     by_rule: dict[tuple[str, int], list[LayerPlan]] = defaultdict(list)
@@ -223,13 +242,16 @@ def shortfalls(plan: SparsityPlan, recipe: Recipe) -> list[str]:
         pattern = parse_pattern(rule.pattern)
         asked = rule.sparsity if pattern.sparsity is None else pattern.sparsity
         assert asked is not None
+        compare = load_criterion(rule.criterion).compare
         if pattern.sparsity is None and recipe.prune[component].allocation != "uniform":
             wanted = zeros_for(asked, sum(p.numel for p in layers))
+            if rule.max_sparsity < 1:
+                even = (planned_zeros(pattern, p.shape, asked, compare) for p in layers)
+                wanted = min(wanted, sum(even))
             found = sum(p.zeros or 0 for p in layers)
             if found < wanted:
                 short.append(f"{component}, rule {index + 1} ({found:,} zeros, asked {wanted:,})")
             continue
-        compare = load_criterion(rule.criterion).compare
         for layer in layers:
             wanted = planned_zeros(pattern, layer.shape, asked, compare)
             if (layer.zeros or 0) < wanted:

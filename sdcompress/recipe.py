@@ -63,19 +63,45 @@ class Rule(_Part):
                 f"pattern {self.pattern} means sparsity {fixed:g}, found {self.sparsity:g}; "
                 "leave 'sparsity' out"
             )
+        if fixed is not None and (self.min_sparsity, self.max_sparsity) != (0, 1):
+            raise ValueError(
+                f"pattern {self.pattern} gives every layer the same sparsity; leave "
+                "'min_sparsity' and 'max_sparsity' out"
+            )
+        asked = self.sparsity if fixed is None else fixed
+        if asked is not None and not self.min_sparsity <= asked <= self.max_sparsity:
+            raise ValueError(
+                f"expected a sparsity from min_sparsity to max_sparsity ({self.min_sparsity:g} to "
+                f"{self.max_sparsity:g}), found {asked:g}; layers within these limits cannot come "
+                "to it together"
+            )
         return self
 
 
 class ComponentRecipe(_Part):
-    """Ordered rules for one component; the last that matches a layer wins."""
+    """Ordered rules for one component; the last that matches a layer wins.
+
+    `allocation` spreads what a rule asks for over its layers. `spread` belongs to owl: by how much
+    a layer's sparsity may differ from the one asked for.
+    """
 
     allocation: str = "uniform"
+    spread: float = Field(default=0.08, ge=0, le=1, allow_inf_nan=False)
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     @field_validator("allocation")
     @classmethod
     def _known(cls, value: str) -> str:
         return _one_of(value, "allocation")
+
+    @model_validator(mode="after")
+    def _of_owl(self) -> ComponentRecipe:
+        default = type(self).model_fields["spread"].default
+        if self.allocation != "owl" and self.spread != default:
+            raise ValueError(
+                f"'spread' belongs to 'allocation: owl', found {self.allocation}; leave it out"
+            )
+        return self
 
 
 class Calibration(_Part):

@@ -1,14 +1,68 @@
-"""Global: one threshold over all layers of a rule; layers of small weights give up more."""
+"""Global: one threshold over all layers of a rule; layers of small weights give up more.
+
+With limits, a layer that the threshold takes beyond them stops there, and the others share another
+threshold. That one is found by walking over all scores anew: nothing but a layer is in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sdcompress.allocation import Group
-from sdcompress.patterns import zeros_for
+from sdcompress.allocation import Evidence, Group
+from sdcompress.allocation._budget import Budget
+from sdcompress.patterns import Threshold
 from sdcompress.plan import LayerPlan
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def allocate(layers: Sequence[LayerPlan]) -> list[Group]:
-    asked = layers[0].asked or 0.0  # one rule, one request
-    return [Group(tuple(layers), zeros_for(asked, sum(layer.numel for layer in layers)))]
+    from sdcompress.recipe import ComponentRecipe, Rule
+
+NEEDS: frozenset[str] = frozenset()
+
+
+def allocate(
+    layers: Sequence[LayerPlan], rule: Rule, section: ComponentRecipe, evidence: Evidence
+) -> list[Group]:
+    budget = Budget.of(layers, rule, evidence)
+    if rule.min_sparsity == 0 and rule.max_sparsity == 1:
+        return [Group(tuple(layers), budget.total)]
+    least = {layer.name: n for layer, n in zip(layers, budget.least, strict=True)}
+    most = {layer.name: n for layer, n in zip(layers, budget.most, strict=True)}
+    free, total, stopped = list(layers), budget.total, list[Group]()
+    while free:
+        counts = _counts(free, total, evidence)
+        within = {name: min(max(n, least[name]), most[name]) for name, n in counts.items()}
+        if within == counts:
+            break
+        # Within the limits, do too many go or too few? The threshold has to fall or to rise, and
+        # what is beyond the limits on that side of it stays there, wherever it comes to lie.
+        surplus = sum(within.values()) - total
+        stop = {
+            name
+            for name, n in counts.items()
+            if (n < within[name] and surplus >= 0) or (n > within[name] and surplus <= 0)
+        }
+        stopped += [Group((layer,), within[layer.name]) for layer in free if layer.name in stop]
+        total -= sum(within[name] for name in stop)
+        free = [layer for layer in free if layer.name not in stop]
+    return [*stopped, Group(tuple(free), total)] if free else stopped
+
+
+@dataclass(frozen=True)
+class _Scores:
+    layers: Sequence[LayerPlan]
+    evidence: Evidence
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.evidence.scores(layer) for layer in self.layers)
+
+
+def _counts(layers: Sequence[LayerPlan], total: int, evidence: Evidence) -> dict[str, int]:
+    """How many weights of each layer, by its name, one threshold over all takes."""
+    scores = _Scores(layers, evidence)
+    threshold = Threshold.find(scores, total)
+    kept = [int(threshold.keep(s).sum()) for s in scores]
+    return {layer.name: layer.numel - n for layer, n in zip(layers, kept, strict=True)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sdcompress.calibrate import _hessians
 from sdcompress.calibrate._layers import is_conv, unused
 from sdcompress.errors import InputError
 
@@ -14,20 +16,33 @@ _POWERS = {"input_sq_norm": {2}, "input_mean": {1}, "input_var": {1, 2}}  # whic
 
 
 class Inputs:
-    """Sums over all that one layer is given: of x, of x², and how many x each weight met."""
+    """Sums over all that one layer is given: of x, of x², of x xᵀ, and how many x a weight met.
 
-    def __init__(self, module: Any, statistics: frozenset[str]) -> None:
+    `weight()` is that of the denoising step which is under way. A Conv of more than `max_hessian`
+    columns has one Hessian for each position in its kernel.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        statistics: frozenset[str],
+        *,
+        max_hessian: int = 8192,
+        weight: Callable[[], float] = lambda: 1.0,
+    ) -> None:
         import torch
 
         self.module = module
+        self._weight = weight
         self._count = 0
         # The weight's shape but for the outputs, with every channel whatever the groups.
         channels = module.in_channels if is_conv(module) else module.in_features
         shape = (channels, *module.weight.shape[2:])
         self._sums = {
             power: torch.zeros(shape, dtype=torch.float64, device=module.weight.device)
-            for power in sorted(set().union(*(_POWERS[s] for s in statistics)))
+            for power in sorted(set().union(*(_POWERS.get(s, ()) for s in statistics)))
         }
+        self._hessians = _hessians.Hessians(module, statistics & _hessians.NAMES, max_hessian)
 
     def add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """A forward hook: [N, C, H, W] for a Conv, [..., in] for a Linear."""
@@ -37,13 +52,15 @@ class Inputs:
             total += (
                 _sum_conv(self.module, values, output) if is_conv(self.module) else _sum(values)
             )
+        self._hessians.add(x, output, self._weight())
         self._count += output.numel() // output.shape[1 if is_conv(self.module) else -1]
 
     def check(self, name: str) -> None:
         """Raise InputError where nothing came by, or what nobody can count with."""
         if not self._count:
             raise unused(name)
-        if not all(bool(total.isfinite().all()) for total in self._sums.values()):
+        finite = all(bool(total.isfinite().all()) for total in self._sums.values())
+        if not (finite and self._hessians.is_finite()):
             raise InputError(
                 f"{name}: expected finite activations, found NaN or infinity: the model makes no "
                 "pictures in fp32; use a checkpoint that does"
@@ -62,7 +79,11 @@ class Inputs:
             "input_mean": lambda: sums[1] / count,
             "input_var": lambda: (sums[2] / count - (sums[1] / count) ** 2).clamp(min=0),
         }
-        return {name: _like_weight(compute[name](), self.module) for name in sorted(names)}
+        moments = {
+            name: _like_weight(compute[name](), self.module)
+            for name in sorted(names & set(compute))
+        }
+        return moments | self._hessians.statistics()
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ def command(
     from export.pipeline import Geometry
     from export.targets import load_target
     from export.targets.fit import check_backend, sparse_candidates, warnings
+    from sdcompress.allocation import foresee
     from sdcompress.catalog import read_catalog
     from sdcompress.models.sources import resolve
     from sdcompress.plan import account, make_plan
@@ -73,7 +74,7 @@ def command(
     if device:
         check_backend(device, loaded.engine.backend)
     directory = resolve(name, **how).directory
-    made = make_plan(loaded, read_catalog(directory))
+    made = foresee(make_plan(loaded, read_catalog(directory)), loaded)
     output = Output(
         recipe=loaded.name,
         model=name,

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 
 class Output(BaseModel):
-    """`prune --json`."""
+    """`prune --json`; `notes` say what a person should know of how it was done."""
 
     bundle: str
     digest: str
     parent: str
     accounting: Accounting
+    notes: list[str]
     seconds: float
 
 
@@ -46,6 +47,32 @@ class Output(BaseModel):
     type=click.IntRange(min=1),
     help="Calibrate with so many prompts, the first ones.",
 )
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False),
+    help="Take gradients on the pictures and captions in this folder.",
+)
+@click.option(
+    "--packages",
+    type=click.IntRange(min=1),
+    help="Calibrate and prune the layers in so many parts: more passes, less memory.",
+)
+@click.option(
+    "--max-hessian",
+    type=click.IntRange(min=1),
+    help="Columns a Conv's Hessian may have; above, each kernel position has one of its own.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Prune a little more in each of so many rounds; 1 is all at once.",
+)
+@click.option(
+    "--tune-steps",
+    type=click.IntRange(min=1),
+    help="Tune for so many steps between rounds, otherwise as the recipe says.",
+)
+@click.option("--fresh", is_flag=True, help="Begin anew, whatever earlier rounds have left.")
 @output_option
 @model_options
 @json_option
@@ -54,30 +81,41 @@ def command(
     recipe: str,
     prompts: Path | None,
     calibration_count: int | None,
+    images: str | None,
+    packages: int | None,
+    max_hessian: int | None,
+    rounds: int | None,
+    tune_steps: int | None,
+    fresh: bool,
     output: Path,
     as_json: bool,
     **how: Any,
 ) -> None:
     """Prune MODEL: mini-sd2, a diffusers directory, HUB-ID@REVISION, a .safetensors checkpoint.
 
-    The result is a diffusers directory with a manifest; diffusers loads it as it is. A criterion
-    that looks at activations (wanda) has the model paint the calibration prompts first.
+    The result is a diffusers directory with a manifest; diffusers loads it as it is. Criteria that
+    look at activations or gradients have the model paint the calibration prompts first. Rounds that
+    are finished outlive a call that was killed, and are taken up when it is repeated.
 
     \b
     Examples:
       sdcompress prune mini-sd2 --recipe sd2-2to4 -o pruned
       sdcompress prune mini-sd2 --recipe wanda.yaml --calibration-count 32 -o pruned
+      sdcompress prune mini-sd2 --recipe sd2-2to4 --rounds 2 --tune-steps 50 -o pruned
     """
     from sdcompress.calibrate import is_main_process
     from sdcompress.plan import account
-    from sdcompress.prune import prune
+    from sdcompress.prune import notes
     from sdcompress.recipe import load_recipe
+    from sdcompress.rounds import prune_in_rounds
 
     watch = Stopwatch()
-    loaded = _with_prompts(load_recipe(recipe), prompts, calibration_count)
+    asked = {"images": images, "packages": packages, "max_hessian": max_hessian}
+    loaded = _with_calibration(load_recipe(recipe), prompts, calibration_count, asked)
+    loaded = _with_schedule(loaded, rounds, tune_steps)
     source = open_model(model, **how)
     with phase_progress() as progress:
-        bundle = prune(source, loaded, output, progress=progress)
+        bundle = prune_in_rounds(source, loaded, output, fresh=fresh, progress=progress)
     if not is_main_process():
         return
     assert bundle.manifest.plan
@@ -86,34 +124,80 @@ def command(
         digest=bundle.digest,
         parent=source.digest,
         accounting=account(bundle.manifest.plan),
+        notes=notes(bundle.manifest),
         seconds=watch.seconds,
     )
 
     from sdcompress.commands._tables import accounting_table
 
-    emit(result, as_json, lambda console: console.print(accounting_table(result.accounting)))
+    def show(console: Any) -> None:
+        console.print(accounting_table(result.accounting))
+        for note in result.notes:
+            console.print(f"note: {note}")
+
+    emit(result, as_json, show)
 
 
-def _with_prompts(recipe: Recipe, file: Path | None, count: int | None) -> Recipe:
-    """The recipe, calibrated with the prompts that the command line asks for."""
+def _with_calibration(
+    recipe: Recipe, file: Path | None, count: int | None, more: dict[str, Any]
+) -> Recipe:
+    """The recipe, calibrated as the command line asks; `more` are fields of its calibration."""
     from sdcompress.errors import UsageError
     from sdcompress.models.prompts import read_prompts
+
+    asked = {name: value for name, value in more.items() if value is not None}
+    given = {"prompts": file, "calibration_count": count, **more}
+    _refuse_unused(recipe, [name for name, value in given.items() if value is not None])
+    if file is not None or count is not None:
+        prompts = read_prompts(file) if file else recipe.calibration.prompts
+        if prompts and count:
+            if count > len(prompts):
+                raise UsageError(
+                    f"--calibration-count {count}: expected no more than the {len(prompts)} "
+                    "prompts given; ask for fewer, or give more"
+                )
+            prompts = prompts[:count]
+        asked["prompts"] = prompts
+        asked["count"] = count or len(prompts) or recipe.calibration.count
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=asked)})
+
+
+def _refuse_unused(recipe: Recipe, options: list[str]) -> None:
+    """Raise UsageError for an option of the calibration that nothing in the recipe looks at."""
+    from sdcompress.criteria import GRADIENTS, STATISTICS, load_criterion
+    from sdcompress.errors import UsageError
     from sdcompress.prune import decisive
 
-    if file is None and count is None:
-        return recipe
-    if "calibration" not in decisive(recipe):
-        raise UsageError(
-            f"recipe {recipe.name}: none of its criteria looks at activations; leave out --prompts "
-            "and --calibration-count, or choose a criterion that does"
-        )
-    prompts = read_prompts(file) if file else recipe.calibration.prompts
-    if prompts and count:
-        if count > len(prompts):
+    rules = [r for section in recipe.prune.values() for r in section.rules if not r.keep]
+    needs = frozenset[str]().union(*(load_criterion(rule.criterion).needs for rule in rules))
+    at_work = "calibration" in decisive(recipe)
+    uses = {
+        "prompts": ("activations or gradients", at_work),
+        "calibration_count": ("activations or gradients", at_work),
+        "images": ("gradients", bool(needs & GRADIENTS)),
+        "packages": ("activations or gradients", bool(needs & STATISTICS)),
+        "max_hessian": ("a Hessian", bool(needs & {"hessian", "step_hessian"})),
+    }
+    for option in options:
+        what, used = uses[option]
+        if not used:
             raise UsageError(
-                f"--calibration-count {count}: expected no more than the {len(prompts)} prompts "
-                "given; ask for fewer, or give more"
+                f"recipe {recipe.name}: none of its criteria looks at {what}; leave out "
+                f"--{option.replace('_', '-')}, or choose a criterion that does"
             )
-        prompts = prompts[:count]
-    asked = {"prompts": prompts, "count": count or len(prompts) or recipe.calibration.count}
-    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=asked)})
+
+
+def _with_schedule(recipe: Recipe, rounds: int | None, tune_steps: int | None) -> Recipe:
+    """The recipe, pruned in the rounds that the command line asks for."""
+    from sdcompress.recipe import Schedule, Tune
+
+    schedule = recipe.schedule
+    if rounds == 1:
+        schedule = Schedule()
+    elif rounds:
+        schedule = schedule.model_copy(update={"rounds": rounds})
+    if tune_steps:
+        tune = schedule.tune or recipe.tune or Tune()
+        tune = tune.model_copy(update={"steps": tune_steps})
+        schedule = schedule.model_copy(update={"tune": tune})
+    return recipe.model_copy(update={"schedule": schedule})

@@ -23,6 +23,7 @@ from sdcompress.errors import InputError
 from sdcompress.evaluation.quality import MetricResult, Quality
 from sdcompress.measure import Comparison
 from sdcompress.plan import Accounting, LayerPlan, SparsityPlan, account
+from sdcompress.prune import notes
 from sdcompress.report import charts
 from sdcompress.results import Check, Measure, Results
 
@@ -30,7 +31,8 @@ PAGE = "report.html"
 RESULTS, VERIFICATION, RECIPE = "results.json", "verify.json", "recipe.yaml"
 QUALITY = "quality.json"
 # The later a stage, the more its manifest knows.
-BUNDLES = ("engine/sparse", "onnx/sparse", "tuned", "pruned")
+PRUNED = "pruned"
+BUNDLES = ("engine/sparse", "onnx/sparse", "tuned", PRUNED)
 NAMES = {
     "picture": "Whole picture",
     "text_encoder": "Text encoder",
@@ -134,6 +136,9 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         sparsity=sparsity,
         plan=plan,
         layers=_by_component(plan, sparsity),
+        notes=notes(Bundle.open(run / PRUNED).manifest)
+        if (run / PRUNED / MANIFEST).exists()
+        else [],
         pairs=pairs,
         settings=settings,
         checks=checks,

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Most = Literal["sparsity", "macs", "bytes"]
 COSTS = "costs"
-DECIDES = {"seed", "prune", "calibration"}  # the parts of a recipe that a cost depends on
+# The parts of a recipe that a cost depends on.
+DECIDES = {"seed", "prune", "calibration", "schedule"}
 FLOPS_PER_MAC = 2  # one multiplication, one addition: how torch counts
 
 
@@ -51,7 +52,7 @@ def weigh(dense: Bundle, recipe: Recipe | None, settings: QualitySettings, work:
     The model is really pruned and packed, and both are removed again.
     """
     from sdcompress.packing import pack
-    from sdcompress.prune import prune
+    from sdcompress.rounds import prune_in_rounds
 
     made_of = {
         "dense": dense.digest,
@@ -66,7 +67,7 @@ def weigh(dense: Bundle, recipe: Recipe | None, settings: QualitySettings, work:
     folder = work / COSTS / digest[:32]
     shutil.rmtree(folder, ignore_errors=True)  # what a process that was killed has left
     folder.mkdir(parents=True)
-    model = prune(dense, recipe, folder / "pruned") if recipe else dense
+    model = prune_in_rounds(dense, recipe, folder / "pruned") if recipe else dense
     packed = pack(model, folder / "packed.sdz").packed_bytes
     shutil.rmtree(folder)
     macs, plan = picture_macs(dense.path, settings), model.manifest.plan if recipe else None

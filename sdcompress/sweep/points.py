@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sdcompress.bundle import Bundle, locked, to_json, tool_versions, write_json
 from sdcompress.catalog import COMPONENTS, read_catalog
-from sdcompress.errors import InputError, SdcompressError
+from sdcompress.errors import InputError, SdcompressError, VerificationError
 from sdcompress.evaluation.files import content
 from sdcompress.evaluation.metrics._clip import SHIPPED
 from sdcompress.evaluation.quality import Quality, QualitySettings
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 POINTS = "points"
 SHOWN, TILE = 4, 160  # how many pictures of a point are kept, and how large in pixels
-DECIDES = {"seed", "prune", "calibration", "tune"}  # the parts of a recipe that make a point
+# The parts of a recipe that make a point.
+DECIDES = {"seed", "prune", "calibration", "schedule", "tune"}
 Progress = Callable[[int, int], None]  # pictures made, of how many
 
 
@@ -121,7 +122,7 @@ class PointResult(_Record):
 
 
 def point_recipe(point: Point, base: Recipe | None = None) -> Recipe:
-    """The recipe of a point; its seed, calibration and tuning are those of `base`."""
+    """The recipe of a point; its seed, calibration, schedule and tuning are those of `base`."""
     prune: dict[str, ComponentRecipe] = {c: part.section() for c, part in point.parts.items()}
     if base is None:
         return Recipe(name="point", prune=prune)
@@ -149,8 +150,9 @@ def _named_files(recipe: Recipe, settings: QualitySettings) -> dict[str, str]:
     )
     if settings.clip == SHIPPED:
         del named["clip"]
-    if recipe.tune:
-        named["images"] = recipe.tune.images
+    named["calibration_images"] = recipe.calibration.images
+    for use, tune in (("images", recipe.tune), ("schedule_images", recipe.schedule.tune)):
+        named[use] = tune.images if tune else None
     places = {name: Path(place).expanduser() for name, place in named.items() if place}
     return {name: content(place) for name, place in places.items() if place.exists()}
 
@@ -237,7 +239,8 @@ def compute_point(
             pictures=contact_strip(Pictures.of(model, settings, work)),
         )
     except Exception:
-        if not recipe.tune:  # whose checkpoints are worth more than their room
+        # Checkpoints, and rounds that are finished, are worth more than their room.
+        if not recipe.tune and recipe.schedule.rounds == 1:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder)
@@ -246,15 +249,26 @@ def compute_point(
 
 def _made(dense: Bundle, recipe: Recipe, folder: Path) -> Bundle:
     """The pruned model, tuned where the recipe says so."""
-    from sdcompress.prune import prune
+    from sdcompress.rounds import prune_in_rounds
 
-    model = prune(dense, recipe, folder / "pruned", replace=True)
+    # The folder is named after all that decides: what a killed call has left there is the same.
+    pruned = folder / "pruned"
+    model = _intact(pruned) or prune_in_rounds(dense, recipe, pruned, replace=True)
     if recipe.tune:
         from sdcompress.tuning import tune
 
         out, checkpoints = folder / "tuned", folder / "checkpoints"
         model = tune(model, recipe.tune, out, dense=dense, replace=True, checkpoints=checkpoints)
     return model
+
+
+def _intact(path: Path) -> Bundle | None:
+    """The bundle there, if there is one and nothing has happened to it."""
+    with suppress(InputError, VerificationError):
+        bundle = Bundle.open(path)
+        bundle.check_files()
+        return bundle
+    return None
 
 
 @contextmanager

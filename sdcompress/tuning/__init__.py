@@ -18,9 +18,9 @@ from sdcompress import registry
 from sdcompress.bundle import Bundle, locked, refuse_existing
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.processes import processes
+from sdcompress.models.captioned import require_folder
 from sdcompress.plan import SparsityPlan
 from sdcompress.recipe import Tune
-from sdcompress.tuning._images import require_folder
 from sdcompress.tuning._job import TUNABLE, Job, Progress, load_models, silent, state_key
 from sdcompress.tuning._lineage import check_lineage, find_dense
 from sdcompress.tuning._log import log_path, require_tensorboard

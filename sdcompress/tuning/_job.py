@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,7 @@ from sdcompress.recipe import Tune
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Generator, Tensor
+    from torch import Tensor
     from torch.nn import Module, Parameter
 
 TUNABLE = ("text_encoder", "unet")
@@ -116,11 +115,3 @@ def state_key(component: str, name: str, keys: Any) -> str:
     if component != "text_encoder" or name in keys:
         return name
     return name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-
-
-def seeded(*parts: object) -> Generator:
-    """A CPU generator that is a function of `parts`, such as (seed, "noise", step, index)."""
-    import torch
-
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sdcompress.bundle import tool_versions
 from sdcompress.errors import InputError, SdcompressError, UsageError
+from sdcompress.models.denoising import seeded
 from sdcompress.tuning import _checkpoint
-from sdcompress.tuning._job import Job, seeded
+from sdcompress.tuning._job import Job
 from sdcompress.tuning._log import open_log
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from peft.tuners.lora import Conv2d, Linear, LoraModel
 from torch import nn
 from torch.func import functional_call
 
-from sdcompress.tuning._job import Job, seeded
+from sdcompress.models.denoising import seeded
+from sdcompress.tuning._job import Job
 from sdcompress.tuning._loop import refuse_revived
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.evaluation.images import initial_latents, load_scheduler, step_arguments
-from sdcompress.tuning._job import Job, seeded
+from sdcompress.models.denoising import seeded
+from sdcompress.tuning._job import Job
 from sdcompress.tuning._loop import Loss, fit
 
 if TYPE_CHECKING:

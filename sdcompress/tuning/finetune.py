@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress.errors import InputError
-from sdcompress.tuning._images import Captioned, load_picture, picture_at, read_folder
-from sdcompress.tuning._job import Job, seeded
+from sdcompress.evaluation.images import load_scheduler
+from sdcompress.models.captioned import Captioned, load_picture, read_folder
+from sdcompress.models.denoising import EMPTY, native_size, noised, seeded, training_scheduler
+from sdcompress.tuning._job import Job
 from sdcompress.tuning._loop import Loss, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# One caption in ten is left empty, so that the model goes on knowing the unconditional noise that
-# classifier-free guidance starts from (Ho & Salimans 2022, arXiv 2207.12598).
-EMPTY = 0.1
 CACHE_BYTES = 2**30  # of encoded pictures; those beyond it are encoded again
 
 
@@ -35,8 +34,7 @@ def diffusion_loss(job: Job) -> Loss:
 
     E ‖target − unet(√ᾱ_t·z + √(1−ᾱ_t)·ε, t, text)‖² over pictures z, noise ε and timesteps t, all
     weighted alike (Ho et al. 2020, arXiv 2006.11239, equation 14; in a VAE's latents: Rombach et
-    al. 2022, arXiv 2112.10752). The target is ε, or for a model that predicts velocity
-    √ᾱ_t·ε − √(1−ᾱ_t)·z (Salimans & Ho 2022, arXiv 2202.00512).
+    al. 2022, arXiv 2112.10752). For the target see `models.denoising.noised`.
     """
     from torch.nn.functional import mse_loss
 
@@ -56,24 +54,18 @@ class Pictures:
     """
 
     def __init__(self, job: Job) -> None:
-        from diffusers import AutoencoderKL, DDPMScheduler
+        from diffusers import AutoencoderKL
 
         self._job = job
         model = job.dense.path
-        self._scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
-        if (kind := self._scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
-            raise InputError(
-                f"{model}: expected a scheduler that predicts epsilon or v_prediction, found "
-                f"{kind}; tune this model with distill"
-            )
+        self._scheduler = training_scheduler(
+            load_scheduler(model / "scheduler").config, "tune this model with distill"
+        )
         self._pictures = _read_folder(job)
         self._vae = AutoencoderKL.from_pretrained(model / "vae").float()
         self._vae.requires_grad_(False).eval().to(job.accelerator.device)
         unet: Any = job.students["unet"]
-        side = unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        self._size = (height * factor, width * factor)
+        self._size = native_size(unet.config, self._vae.config)
         self._posteriors: dict[int, tuple[Tensor, Tensor]] = {}
         self._cached = 0
 
@@ -110,14 +102,8 @@ class Pictures:
     def _noised(
         self, input_ids: Tensor, timesteps: Tensor, latents: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
-        scheduler = self._scheduler
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        return {
-            "input_ids": input_ids,
-            "timesteps": timesteps,
-            "noisy": scheduler.add_noise(latents, noise, timesteps),
-            "target": scheduler.get_velocity(latents, noise, timesteps) if velocity else noise,
-        }
+        noisy, target = noised(self._scheduler, latents, noise, timesteps)
+        return {"input_ids": input_ids, "timesteps": timesteps, "noisy": noisy, "target": target}
 
     def _tokens(self, caption: str) -> Tensor:
         tokenizer = self._job.tokenizer
@@ -152,14 +138,33 @@ class Pictures:
         return mean, std
 
 
+def picture_at(position: int, count: int, seed: int) -> int:
+    """Which of `count` pictures comes at a position (0, 1, … over all steps) of training.
+
+    Each comes once before any comes again, in another order every time; the order is a function of
+    the seed, so a process can begin anywhere.
+    """
+    return _order(position // count, count, seed)[position % count]
+
+
+@lru_cache(maxsize=2)
+def _order(epoch: int, count: int, seed: int) -> list[int]:
+    import torch
+
+    order: list[int] = torch.randperm(count, generator=seeded(seed, "order", epoch)).tolist()
+    return order
+
+
 def _read_folder(job: Job) -> tuple[Captioned, ...]:
     settings = job.settings
     assert settings.images is not None
     with warnings.catch_warnings():
         if not job.accelerator.is_main_process:
             warnings.simplefilter("ignore")  # one of the processes says it
+        skip = settings.broken_images == "skip"
         return read_folder(
             Path(settings.images),
-            skip=settings.broken_images == "skip",
+            skip=skip,
+            remedy="mend the folder" + ("" if skip else " or say --broken-images skip"),
             progress=lambda done, total: job.progress("checking pictures", done, total),
         )

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -16,14 +17,23 @@ from sdcompress.bundle import Bundle
 from sdcompress.prune import prune
 from sdcompress.recipe import Recipe
 
+# A criterion of every kind: input norms, gradients (through the UNet too), Hessians.
 RECIPE = {
-    "name": "wanda",
-    "calibration": {"count": 20, "steps": 2},
+    "name": "shared",
+    "calibration": {"count": 10, "steps": 2},
     "prune": {
-        "text_encoder": {"rules": [{"criterion": "wanda", "sparsity": 0.5}]},
-        "unet": {"rules": [{"criterion": "wanda", "pattern": "2:4"}]},
+        "text_encoder": {"rules": [{"criterion": "taylor", "sparsity": 0.5}]},
+        "unet": {
+            "rules": [
+                {"criterion": "wanda", "pattern": "2:4"},
+                {"layers": "down_blocks.*", "criterion": "taylor", "sparsity": 0.5},
+                {"layers": "up_blocks.*", "criterion": "sparsegpt", "sparsity": 0.5},
+                {"layers": "mid_block.*", "criterion": "obs_diff", "pattern": "2:4"},
+            ]
+        },
     },
 }
+CRITERIA = {"wanda", "taylor", "sparsegpt", "obs_diff"}
 
 
 def _free_port() -> int:
@@ -59,9 +69,18 @@ def test_two_processes_prune_as_one(tiny_source: Bundle, tmp_path: Path) -> None
     one = prune(tiny_source, Recipe.model_validate(RECIPE), tmp_path / "one")
     assert one.manifest.plan == two.manifest.plan
     assert one.manifest.recipe == two.manifest.recipe
-    weights, differing = 0, 0
-    for file in ("text_encoder/model", "unet/diffusion_pytorch_model"):
-        a, b = (load_file(bundle.path / f"{file}.safetensors") for bundle in (one, two))
-        weights += sum(w.numel() for w in a.values())
-        differing += sum(int(((w == 0) != (b[name] == 0)).sum()) for name, w in a.items())
-    assert differing < 1e-4 * weights
+    assert one.manifest.plan is not None
+    criterion = {(p.component, p.name): p.criterion for p in one.manifest.plan.layers if p.pruned}
+    weights, differing = Counter[str](), Counter[str]()
+    for component, file in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
+        path = f"{component}/{file}.safetensors"
+        a, b = (load_file(bundle.path / path) for bundle in (one, two))
+        for name, w in a.items():
+            if chosen := criterion.get((component, name)):
+                weights[chosen] += w.numel()
+                differing[chosen] += int(((w == 0) != (b[name] == 0)).sum())
+            else:
+                assert w.equal(b[name])
+    assert set(weights) == CRITERIA
+    for chosen in CRITERIA:
+        assert differing[chosen] < 1e-4 * weights[chosen], chosen

@@ -13,19 +13,21 @@ from torch import nn
 from torch.nn.functional import unfold
 from torch.nn.modules.module import register_module_forward_hook
 
+from sdcompress import calibrate
 from sdcompress.bundle import Bundle, SourceRecord
-from sdcompress.calibrate import collect, complete
+from sdcompress.calibrate import _trajectories, collect, complete
 from sdcompress.calibrate._inputs import Inputs
-from sdcompress.criteria import STATISTICS, LayerStats
+from sdcompress.criteria import LayerStats
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.images import generate_from_weights
 from sdcompress.models.prompts import CAPTIONS, read_prompts
 from sdcompress.recipe import Calibration
 
+MOMENTS = frozenset({"input_sq_norm", "input_mean", "input_var"})
 TEXT = "text_model.encoder.layers.1.mlp.fc2.weight"
 LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 CONV = "down_blocks.0.downsamplers.0.conv.weight"
-WANTED = {"text_encoder": {TEXT: STATISTICS}, "unet": {LINEAR: STATISTICS, CONV: STATISTICS}}
+WANTED = {"text_encoder": {TEXT: MOMENTS}, "unet": {LINEAR: MOMENTS, CONV: MOMENTS}}
 PROMPTS = ("a red cat", "at", "a cat at a red cat")
 
 
@@ -107,11 +109,11 @@ def test_the_activations_are_those_of_the_pictures(tiny_source: Bundle, guidance
 def test_sums_are_those_of_what_every_weight_meets(layer: Any) -> None:
     linear = isinstance(layer, nn.Linear)
     batches = [torch.randn((n, 7, 5) if linear else (n, 4, 9, 8)) for n in (2, 3)]
-    one = Inputs(layer, STATISTICS)
+    one = Inputs(layer, MOMENTS)
     layer.register_forward_hook(one.add)
     for batch in batches:
         layer(batch)
-    found = one.statistics(STATISTICS)
+    found = one.statistics(MOMENTS)
     met = torch.cat([_spread_out(layer, batch) for batch in batches], 1)
     groups = 1 if linear else layer.groups
     for name, expected in _moments(met).items():
@@ -164,7 +166,7 @@ def test_batches_change_nothing(tiny_source: Bundle, monkeypatch: pytest.MonkeyP
     seen: list[tuple[int, int]] = []
     one = collect(tiny_source, WANTED, asked, progress=lambda *now: seen.append(now))
     again = collect(tiny_source, WANTED, asked)
-    monkeypatch.setattr(calibrate, "BATCH", 1)
+    monkeypatch.setattr(_trajectories, "BATCH", 1)
     other = collect(tiny_source, WANTED, asked)
     assert seen == [(3, 6), (6, 6)]
     for component, layers in WANTED.items():
@@ -185,7 +187,7 @@ def test_the_decoder_of_the_vae_can_be_recorded_and_its_encoder_not(
     assert found["vae"][name]["input_mean"].shape == (1, 4, 3, 3)
     monkeypatch.setattr(calibrate, "load_pipeline", None)  # known before anything slow
     with pytest.raises(InputError, match=r"vae/encoder.conv_in.weight: expected activations"):
-        collect(tiny_source, {"vae": {"encoder.conv_in.weight": STATISTICS}}, asked)
+        collect(tiny_source, {"vae": {"encoder.conv_in.weight": MOMENTS}}, asked)
 
 
 def test_what_nobody_chose_is_the_models_own(tiny_source: Bundle) -> None:
@@ -211,7 +213,7 @@ def test_no_prompts_are_refused(tiny_source: Bundle, monkeypatch: pytest.MonkeyP
 
 
 def test_a_layer_the_model_lacks_is_refused(tiny_source: Bundle) -> None:
-    wanted = {"unet": {"nowhere.weight": STATISTICS}}
+    wanted = {"unet": {"nowhere.weight": MOMENTS}}
     with pytest.raises(InputError, match="nowhere.weight: the loaded model has no such layer"):
         collect(tiny_source, wanted, Calibration(prompts=("at",), steps=1))
 

@@ -1,4 +1,4 @@
-"""Every criterion and allocation keeps its contract; a new file is tested as soon as it appears."""
+"""Every criterion keeps its contract; a new file is tested as soon as it appears."""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ import pytest
 import torch
 
 from sdcompress import registry
-from sdcompress.allocation import allocate
-from sdcompress.criteria import STATISTICS, Criterion, LayerStats, load_criterion
-from sdcompress.patterns import UNSTRUCTURED, keep_mask
-from sdcompress.plan import LayerPlan
+from sdcompress.criteria import GRADIENTS, STATISTICS, Criterion, LayerStats, load_criterion
+from sdcompress.patterns import UNSTRUCTURED, Select, keep_mask
 
 WEIGHTS = {"linear": torch.randn(6, 8), "conv": torch.randn(6, 8, 3, 3)}
+
+
+def _recorded(weight: torch.Tensor, names: frozenset[str]) -> dict[str, torch.Tensor]:
+    """Statistics of the shapes that `LayerStats` describes."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = weight[0].numel()
+    x = torch.randn(inputs, 100, generator=generator, dtype=torch.float64)
+    shapes = dict.fromkeys(GRADIENTS, weight.shape)
+    return {
+        name: x @ x.T
+        if name.endswith("hessian")
+        else torch.rand(
+            shapes.get(name, (1, *weight.shape[1:])), generator=generator, dtype=torch.float64
+        )
+        for name in sorted(names & STATISTICS)
+    }
 
 
 @pytest.mark.parametrize("name", registry.names("criteria"))
@@ -19,18 +33,26 @@ WEIGHTS = {"linear": torch.randn(6, 8), "conv": torch.randn(6, 8, 3, 3)}
 def test_a_criterion_is_pure_and_shaped_like_its_weight(name: str, kind: str) -> None:
     criterion, weight = load_criterion(name), WEIGHTS[kind]
     assert registry.summary("criteria", name), "the first line of the docstring is its description"
-    assert criterion.score is not None
     before = weight.clone()
-    recorded = {
-        name: torch.rand((1, *weight.shape[1:]), dtype=torch.float64)
-        for name in sorted(criterion.needs & STATISTICS)
-    }
-    first = criterion.score(weight, LayerStats(3, recorded))
-    second = criterion.score(weight, LayerStats(3, recorded))
-    assert first.shape == weight.shape
-    assert torch.equal(first, second)
+    stats = LayerStats(3, _recorded(weight, criterion.needs))
+
+    def run() -> tuple[torch.Tensor, ...]:
+        if criterion.score:
+            return (criterion.score(weight, stats),)
+        assert criterion.solve
+        select = Select(UNSTRUCTURED, tuple(weight.shape), weight.numel() // 2)
+        mask, solved = criterion.solve(weight, stats, select)
+        assert mask.dtype == torch.bool
+        assert int((~mask).sum()) == weight.numel() // 2
+        assert not solved[~mask].any()
+        return mask, solved
+
+    first, second = run(), run()
+    for a, b in zip(first, second, strict=True):
+        assert a.shape == weight.shape
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
     assert torch.equal(weight, before)
-    assert first.isfinite().all()
 
 
 def test_magnitude_keeps_the_largest() -> None:
@@ -51,24 +73,3 @@ def test_random_is_seeded() -> None:
 def test_a_criterion_either_scores_or_solves() -> None:
     with pytest.raises(TypeError, match="exactly one"):
         Criterion()
-
-
-def _layer(name: str, numel: int, zeros: int | None) -> LayerPlan:
-    return LayerPlan(
-        component="unet",
-        name=name,
-        kind="linear",
-        shape=(1, numel),
-        dtype="F32",
-        asked=0.5,
-        zeros=zeros,
-    )
-
-
-@pytest.mark.parametrize("name", registry.names("allocation"))
-def test_an_allocation_covers_every_layer_once_and_keeps_the_total(name: str) -> None:
-    layers = [_layer("a", 10, 5), _layer("b", 30, 15)]
-    groups = allocate(name, layers)
-    assert [p for g in groups for p in g.layers] == layers
-    assert sum(g.zeros for g in groups) == 20
-    assert registry.summary("allocation", name)

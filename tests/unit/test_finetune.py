@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sdcompress.bundle import Bundle, SourceRecord
 from sdcompress.errors import InputError, UsageError
+from sdcompress.models.captioned import load_picture
 from sdcompress.recipe import Tune
 from sdcompress.tuning import finetune
-from sdcompress.tuning._images import load_picture
 from sdcompress.tuning._job import Job, load_models
 from sdcompress.tuning.finetune import Pictures, diffusion_loss
 
@@ -187,6 +187,12 @@ def test_says_what_is_missing(job: Job, tmp_path: Path) -> None:
         finetune.tune(job)
     job.settings = plain.model_copy(update={"images": str(tmp_path)})
     with pytest.raises(InputError, match=r"expected metadata\.jsonl"):
+        finetune.tune(job)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
+    with pytest.raises(InputError, match=r"1 missing .*; mend the folder or say --broken-images"):
+        finetune.tune(job)
+    job.settings = job.settings.model_copy(update={"broken_images": "skip"})
+    with pytest.raises(InputError, match=r"1 missing .*; mend the folder \("):
         finetune.tune(job)
     job.settings = plain
     with pytest.raises(InputError, match="expected a scheduler that predicts .* found sample"):

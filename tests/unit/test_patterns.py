@@ -11,8 +11,10 @@ from sdcompress.errors import UsageError
 from sdcompress.patterns import (
     UNSTRUCTURED,
     Pattern,
+    Select,
     Threshold,
     fits,
+    from_columns,
     keep_mask,
     parse_pattern,
     planned_zeros,
@@ -114,6 +116,55 @@ def test_any_n_of_m(m: int) -> None:
         assert violations(weight * keep, pattern) == 0
         if n < m:
             assert violations(weight, pattern) == weight.numel() // m
+
+
+def test_zeros_are_shared_out_before_anything_is_chosen() -> None:
+    """As many go in each eight columns as first scores say; which, only the last ones decide."""
+    first = torch.tensor([[float(i) for i in range(16)], [5.5, 20, 20, 20, 20, 20, 20, 20] * 2])
+    select = Select(UNSTRUCTURED, (2, 16), 8)
+    select.plan(first)  # the lowest 8 are 0 to 5 and both 5.5
+    scores = torch.tensor([[9.0, 9, 9, 9, 9, 9, 9, 8], [1.0, 2, 3, 4, 5, 9, 6, 9]])
+    keep = torch.cat([select(scores, 0), select(scores, 8)], 1)
+    assert keep.int().tolist() == [
+        [1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_zeros_that_nobody_planned_are_shared_out_evenly() -> None:
+    select = Select(UNSTRUCTURED, (4, 16), 32)
+    scores = torch.arange(32.0).reshape(4, 8)
+    assert (~select(scores, 0)).sum(1).tolist() == [8, 8, 0, 0]
+    assert (~select(scores, 8)).sum(1).tolist() == [8, 8, 0, 0]
+
+
+def test_columns_of_a_conv_are_chosen_along_its_channels() -> None:
+    """Four channels at each of 2×1 positions: columns 0 to 3 are the first position's."""
+    select = Select(TWO_OF_FOUR, (1, 4, 2, 1), 4)
+    assert select.width == 4
+    assert select(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), 0).int().tolist() == [[1, 1, 0, 0]]
+    gone = torch.zeros(1, 4, 2, 1, dtype=torch.bool)
+    gone[0, 2, 1, 0] = True  # the third channel of the second position
+    select = Select(TWO_OF_FOUR, (1, 4, 2, 1), 4, gone)
+    scores = torch.tensor([[1.0, 3.0, 9.0, 2.0]])
+    assert select(scores, 0).int().tolist() == [[0, 1, 1, 0]]
+    assert select(scores, 4).int().tolist() == [[0, 1, 0, 1]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), sparsity=st.floats(0, 1), before=st.floats(0, 1))
+def test_what_is_gone_goes_first_and_counts(seed: int, sparsity: float, before: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, 5, 2, 2)
+    gone = torch.rand(shape, generator=generator) < before
+    zeros = zeros_for(sparsity, gone.numel())
+    select = Select(UNSTRUCTURED, shape, zeros, gone)
+    if seed % 2:
+        select.plan(torch.rand(3, 20, generator=generator))
+    parts = [select(torch.rand(3, w, generator=generator), i) for i, w in ((0, 8), (8, 8), (16, 4))]
+    keep = from_columns(torch.cat(parts, 1), shape)
+    assert not keep[gone].any()
+    assert int((~keep).sum()) == max(zeros, int(gone.sum()))
 
 
 def test_minus_zero_is_a_zero() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.errors import InputError, UsageError
-from sdcompress.plan import BY_ALLOCATION, account, make_plan
+from sdcompress.plan import BY_ALLOCATION, SparsityPlan, account, make_plan, shortfalls
 from sdcompress.recipe import Recipe, load_recipe
 from tests import full_size
 
@@ -135,6 +135,63 @@ def test_one_threshold_over_all_does_not_go_with_rows(tiny_sd: Path) -> None:
     rules = [{"criterion": "wanda", "sparsity": 0.5}]
     with pytest.raises(UsageError, match="wanda compares weights within each output row"):
         make_plan(_recipe(rules, "global"), read_catalog(tiny_sd))
+    fixed = [{"criterion": "wanda", "pattern": "2:4", "scope": "linear"}]  # is in no threshold
+    plan = make_plan(_recipe(fixed, "global"), read_catalog(tiny_sd))
+    assert {p.sparsity for p in plan.layers if p.pruned} == {0.5}
+
+
+def test_one_threshold_over_all_does_not_go_with_weights_that_change(tiny_sd: Path) -> None:
+    rules = [{"criterion": "sparsegpt", "sparsity": 0.5}]
+    with pytest.raises(UsageError, match="sparsegpt changes the weights it chooses among"):
+        make_plan(_recipe(rules, "global"), read_catalog(tiny_sd))
+    plan = make_plan(_recipe(rules, "erk"), read_catalog(tiny_sd))
+    assert {p.sparsity for p in plan.layers if p.pruned} == {BY_ALLOCATION}
+
+
+def test_the_vae_has_no_noise_prediction_to_be_measured(tiny_sd: Path) -> None:
+    section = {"allocation": "sensitivity", "rules": [{"sparsity": 0.5}]}
+    recipe = Recipe.model_validate({"name": "r", "prune": {"vae": section}})
+    with pytest.raises(UsageError, match="vae, rule 1: sensitivity looks at the noise prediction"):
+        make_plan(recipe, read_catalog(tiny_sd))
+
+
+@pytest.mark.parametrize("allocation", ["global", "erk", "owl", "sensitivity"])
+def test_layers_under_an_allocation_answer_for_their_total(tiny_sd: Path, allocation: str) -> None:
+    recipe = _recipe([{"layers": "mid_block.*", "scope": "linear", "sparsity": 0.3}], allocation)
+    plan = make_plan(recipe, read_catalog(tiny_sd))
+    members = [p for p in plan.layers if p.pruned]
+    total = int(0.3 * sum(p.numel for p in members) + 0.5)
+
+    def resolved(taken: int) -> SparsityPlan:
+        zeros = [taken - 100, 100, *[0] * (len(members) - 2)]
+        counts = {p.name: n for p, n in zip(members, zeros, strict=True)}
+        layers = (
+            p.model_copy(update={"zeros": counts[p.name]}) if p.pruned else p for p in plan.layers
+        )
+        return plan.model_copy(update={"layers": tuple(layers)})
+
+    assert shortfalls(resolved(total), recipe) == []
+    found = shortfalls(resolved(total - 1), recipe)
+    assert found == [f"unet, rule 1 ({total - 1:,} zeros, asked {total:,})"]
+    assert account(resolved(total)).components["unet"].zeros == total
+
+
+def test_limits_leave_what_uniform_layers_would_be_rounded_to(tiny_sd: Path) -> None:
+    limited = {"criterion": "wanda", "sparsity": 0.37, "max_sparsity": 0.37}
+    recipe = _recipe([{"layers": "mid_block.*", "scope": "linear", **limited}], "erk")
+    plan = make_plan(recipe, read_catalog(tiny_sd))
+
+    def at(share: float) -> SparsityPlan:
+        layers = (
+            p.model_copy(update={"zeros": p.shape[0] * int(share * p.numel / p.shape[0] + 0.5)})
+            if p.pruned
+            else p
+            for p in plan.layers
+        )
+        return plan.model_copy(update={"layers": tuple(layers)})
+
+    assert shortfalls(at(0.37), recipe) == []
+    assert len(shortfalls(at(0.36), recipe)) == 1
 
 
 def test_a_criterion_that_needs_what_nobody_collects_is_refused(

@@ -151,7 +151,7 @@ def test_nan_weights_are_refused_by_name(tmp_path: Path, recipe: Recipe) -> None
 def test_masks_that_do_less_than_asked_are_caught(
     tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sdcompress.prune as module
+    import sdcompress.prune._decisions as module
 
     lazy = module.keep_mask
     monkeypatch.setattr(module, "keep_mask", lambda s, p, zeros, c: lazy(s, p, zeros // 10, c))
@@ -203,6 +203,9 @@ def test_wanda_prunes_by_what_calibration_records(tiny_source: Bundle, tmp_path:
         "seed": 0,
         "steps": 1,
         "guidance": 7.5,
+        "images": None,
+        "packages": 1,
+        "max_hessian": 8192,
     }
     assert seen[0] == ("calibrating", 1, 1)
     assert {what for what, *_ in seen} == {"calibrating", "pruning"}
@@ -241,6 +244,6 @@ def test_an_output_that_exists_is_refused_before_anything_is_painted(
 ) -> None:
     import sdcompress.prune as module
 
-    monkeypatch.setattr(module, "collect", None)
+    monkeypatch.setattr(module, "Calibrator", None)
     with pytest.raises(InputError, match="already exists"):
         prune(tiny_source, _recipe(WANDA), tmp_path)

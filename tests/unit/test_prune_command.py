@@ -1,7 +1,8 @@
-"""`prune` takes the prompts to calibrate with from the command line, where they mean something."""
+"""`prune` takes calibration and schedule from the command line, where they mean something."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def test_prompts_from_a_file(
     ("chosen", "options", "message"),
     [
         ("sd2-2to4", ["--calibration-count", 4], "none of its criteria looks at activations"),
+        ("sd2-2to4", ["--packages", 2], "activations or gradients; leave out --packages, or"),
+        (None, ["--images", "."], "none of its criteria looks at gradients; leave out --images"),
+        (None, ["--max-hessian", 64], "looks at a Hessian; leave out --max-hessian"),
+        (None, ["--rounds", 0], "0 is not in the range"),
+        (None, ["--tune-steps", 5], "'tune' is about several rounds, found 'rounds: 1'"),
+        (None, ["--rounds", 1, "--tune-steps", 5], "'tune' is about several rounds"),
         (None, ["--calibration-count", 4], "no more than the 2 prompts given"),
         (None, ["--calibration-count", 0], "0 is not in the range"),
         (None, ["--prompts", "/nowhere"], "/nowhere: expected a text file"),
@@ -74,3 +81,70 @@ def test_what_means_nothing_is_refused(
     with pytest.raises((UsageError, click.UsageError), match=message):
         _prune(tiny_sd, chosen or recipe, *options, "-o", out)
     assert not out.exists()
+
+
+def written(out: Path) -> dict[str, Any]:
+    recipe = Bundle.open(out).manifest.recipe
+    assert recipe
+    return recipe
+
+
+def test_rounds_from_the_command_line(tiny_sd: Path, recipe: Path, tmp_path: Path) -> None:
+    given = yaml.safe_load(recipe.read_text())
+    given["schedule"] = {"rounds": 3, "initial": 0.25}
+    given["tune"] = {"batch": 1, "sampling_steps": 1, "prompts": ["a red cat"]}
+    recipe.write_text(yaml.safe_dump(given))
+    _prune(tiny_sd, recipe, "--rounds", 2, "--tune-steps", 1, "-o", tmp_path / "two")
+    schedule = written(tmp_path / "two")["schedule"]
+    assert (schedule["rounds"], schedule["initial"]) == (2, 0.25)
+    tune = schedule["tune"]
+    assert (tune["steps"], tune["batch"], tune["prompts"]) == (1, 1, ["a red cat"])
+    _prune(tiny_sd, recipe, "--rounds", 1, "-o", tmp_path / "one")
+    assert "schedule" not in written(tmp_path / "one")
+    assert "rounds" not in Bundle.open(tmp_path / "one").manifest.details
+
+
+def test_fresh_begins_anew(
+    tiny_sd: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def look(*args: object, fresh: bool, **how: object) -> Bundle:
+        asked.append(fresh)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("sdcompress.rounds.prune_in_rounds", look)
+    for option in ([], ["--fresh"]):
+        with pytest.raises(UsageError, match="enough"):
+            _prune(tiny_sd, recipe, *option, "-o", tmp_path / "out")
+    assert asked == [False, True]
+
+
+SMALL: dict[str, Any] = {"name": "small", "calibration": {"count": 2, "steps": 1}}
+
+
+def test_a_hessian_from_the_command_line(
+    tiny_sd: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = {"criterion": "sparsegpt", "layers": "conv_in", "sparsity": 0.5}
+    recipe.write_text(yaml.safe_dump({**SMALL, "prune": {"unet": {"rules": [rule]}}}))
+    out = tmp_path / "out"
+    _prune(tiny_sd, recipe, "--max-hessian", 8, "--packages", 2, "--json", "-o", out)
+    calibration = written(out)["calibration"]
+    assert (calibration["max_hessian"], calibration["packages"]) == (8, 2)
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["notes"]) == 1
+    assert "1 layers have more columns than max_hessian" in told["notes"][0]
+
+
+def test_pictures_from_the_command_line(tiny_sd: Path, recipe: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    rule = {"criterion": "taylor", "layers": "conv_in", "sparsity": 0.5}
+    recipe.write_text(yaml.safe_dump({**SMALL, "prune": {"unet": {"rules": [rule]}}}))
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (16, 16), (90, 30, 200)).save(images / "a.png")
+    (images / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red cat"}\n')
+    _prune(tiny_sd, recipe, "--images", images, "-o", tmp_path / "out")
+    assert written(tmp_path / "out")["calibration"]["images"] == str(images)

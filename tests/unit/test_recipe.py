@@ -52,9 +52,41 @@ def test_the_issue_asks_for_these_recipes() -> None:
         (f"name: a\n{RULE % '{}'}", "needs a 'sparsity'"),
         (f"name: a\n{RULE % '{pattern: 4:2}'}", "expected 'unstructured' or N:M"),
         (f"name: a\n{RULE % '{pattern: 2:4, sparsity: 0.3}'}", "means sparsity 0.5, found 0.3"),
-        (f"name: a\n{RULE % '{criterion: magic, sparsity: 0.5}'}", "expected one of magnitude"),
+        (
+            f"name: a\n{RULE % '{criterion: magic, sparsity: 0.5}'}",
+            "expected one of fisher, magnitude",
+        ),
         (f"name: a\n{RULE % '{keep: dense}'}", "needs a 'reason'"),
         (f"name: a\n{RULE % '{keep: dense, reason: x, sparsity: 0.5}'}", "takes no sparsity"),
+        (
+            f"name: a\n{RULE % '{sparsity: 0.5, max_sparsity: 0.4}'}",
+            "from min_sparsity to max_sparsity \\(0 to 0.4\\), found 0.5; layers",
+        ),
+        (
+            f"name: a\n{RULE % '{sparsity: 0.5, min_sparsity: 0.6}'}",
+            "from min_sparsity to max_sparsity \\(0.6 to 1\\), found 0.5; layers",
+        ),
+        (f"name: a\n{RULE % '{sparsity: 0.5, max_sparsity: 2}'}", "expected 1 or less, found 2$"),
+        (
+            f"name: a\n{RULE % '{pattern: 2:4, max_sparsity: 0.6}'}",
+            "2:4 gives every layer the same sparsity; leave 'min_sparsity' and",
+        ),
+        (
+            f"name: a\n{RULE % '{keep: dense, reason: x, max_sparsity: 0.5}'}",
+            "takes no max_sparsity",
+        ),
+        (
+            f"name: a\nprune: {{unet: {{allocation: erk, spread: 0.1, rules: [{GOOD}]}}}}",
+            "'spread' belongs to 'allocation: owl', found erk; leave it out$",
+        ),
+        (
+            f"name: a\nprune: {{unet: {{allocation: owl, spread: -1, rules: [{GOOD}]}}}}",
+            "spread: expected 0 or more, found -1$",
+        ),
+        (
+            f"name: a\nprune: {{unet: {{allocation: best, rules: [{GOOD}]}}}}",
+            "expected one of erk, global, owl, sensitivity, uniform, found 'best'$",
+        ),
         ("name: a\nprune: {unett: {rules: [{sparsity: 0.5}]}}", "found 'unett'"),
         ("name: ../a\n" + RULE % GOOD, "name: expected a name of letters, .* found '../a'$"),
         ("name: 7\n" + RULE % GOOD, "name: expected text, found 7; put it in quotes$"),

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from sdcompress.errors import InputError, UsageError
-from sdcompress.tuning._images import Captioned, load_picture, picture_at, read_folder
+from sdcompress.models.captioned import Captioned, load_picture, read_folder
+from sdcompress.tuning.finetune import picture_at
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -97,8 +98,10 @@ def test_refuses_what_cannot_be_used_in_one_line(faulty: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_folder(faulty)
     line = str(caught.value)
-    assert line.startswith(f"{faulty}: {FAULTS}; mend the folder or say --broken-images skip")
+    assert line.startswith(f"{faulty}: {FAULTS}; mend the folder (a line of metadata.jsonl is")
     assert "\n" not in line
+    with pytest.raises(InputError, match=r"; mend it soon \("):
+        read_folder(faulty, remedy="mend it soon")
 
 
 def test_leaves_out_what_cannot_be_used_and_says_so_once(faulty: Path) -> None:

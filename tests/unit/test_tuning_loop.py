@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sdcompress.errors import InputError, SdcompressError, UsageError
+from sdcompress.models.denoising import seeded
 from sdcompress.recipe import Tune
 from sdcompress.tuning import _accelerator, _checkpoint
-from sdcompress.tuning._job import Job, seeded
+from sdcompress.tuning._job import Job
 from sdcompress.tuning._log import log_path
 from sdcompress.tuning._loop import FixedMasks, Watch, fit, share_out
 

@@ -19,13 +19,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.errors import InputError, UsageError
-from sdcompress.tuning._job import seeded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,13 +53,15 @@ def read_folder(
     folder: Path,
     *,
     skip: bool = False,
+    remedy: str = "mend the folder",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Captioned, ...]:
     """All pictures of a folder with their captions, in the order of the metadata.
 
     Every file is decoded once, so that training meets none that cannot be. What cannot be used is
     refused, or with `skip` left out with one warning: files that are missing or broken, captions
-    that are missing or empty, and pictures the metadata does not name.
+    that are missing or empty, and pictures the metadata does not name. `remedy` is what a refusal
+    says to do.
 
     Raises:
         UsageError: there is no such folder.
@@ -87,8 +87,7 @@ def read_folder(
     problems["not named in the metadata"] = sorted(f for f in on_disk if f not in named)
     what = _describe(folder, problems, len(rows))
     if what and not (skip and usable):
-        way = "mend the folder" if skip else "mend the folder or say --broken-images skip"
-        raise InputError(f"{what}; {way} (a line of {METADATA[0]} is {EXAMPLE})")
+        raise InputError(f"{what}; {remedy} (a line of {METADATA[0]} is {EXAMPLE})")
     if not usable:
         raise InputError(f"{folder}: the metadata names no picture; add lines such as {EXAMPLE}")
     if what:
@@ -119,23 +118,6 @@ def load_picture(file: Path, height: int, width: int) -> Tensor:
     fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     values = torch.from_numpy(np.asarray(fitted, dtype=np.float32))
     return values.permute(2, 0, 1).contiguous() / 127.5 - 1
-
-
-def picture_at(position: int, count: int, seed: int) -> int:
-    """Which of `count` pictures comes at a position (0, 1, … over all steps) of training.
-
-    Each comes once before any comes again, in another order every time; the order is a function of
-    the seed, so a process can begin anywhere.
-    """
-    return _order(position // count, count, seed)[position % count]
-
-
-@lru_cache(maxsize=2)
-def _order(epoch: int, count: int, seed: int) -> list[int]:
-    import torch
-
-    order: list[int] = torch.randperm(count, generator=seeded(seed, "order", epoch)).tolist()
-    return order
 
 
 def _read_metadata(folder: Path) -> Iterator[tuple[Path, Any]]:

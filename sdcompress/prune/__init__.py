@@ -1,0 +1,286 @@
+"""Plan + weights → pruned bundle, streamed from safetensors to safetensors.
+
+Nothing here holds more than a few copies of one tensor; only where a criterion asks what the layers
+are given, or an allocation what they are worth, is the model loaded, to paint, before that. Weights
+that go become +0.0; every other byte of every file stays what it was (but for criteria that also
+change the weights that stay), and files in which nothing changes are hard-linked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompress.allocation import needs
+from sdcompress.bundle import (
+    Bundle,
+    Manifest,
+    link_files,
+    refuse_existing,
+    seal,
+    staging,
+    tool_versions,
+)
+from sdcompress.calibrate import Calibrator, Statistics, check, complete, on_main_process
+from sdcompress.calibrate._packages import hessian_shape, packages, statistics_bytes
+from sdcompress.catalog import Catalog, read_catalog
+from sdcompress.criteria import GRADIENTS, STATISTICS, load_criterion
+from sdcompress.errors import SdcompressError, UsageError
+from sdcompress.patterns import UNSTRUCTURED
+from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
+from sdcompress.prune._decisions import Decisions, Progress
+from sdcompress.prune._write import read_finite, record_tensor, write_pruned
+from sdcompress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["decisive", "notes", "prune", "read_finite", "record", "record_tensor"]
+
+DECIDES = {"name", "seed", "prune"}  # the parts of a recipe that a pruned bundle depends on
+Wanted = dict[str, dict[str, frozenset[str]]]  # component → layer → statistics
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def prune(
+    source: Bundle,
+    recipe: Recipe,
+    out: Path,
+    *,
+    replace: bool = False,
+    progress: Progress = _silent,
+    before: Bundle | None = None,
+    statistics: Statistics | None = None,
+) -> Bundle:
+    """Prune a weight bundle by a recipe, in one round, into a new bundle at `out`.
+
+    Where a criterion needs statistics, the model paints the recipe's calibration prompts first,
+    unless `statistics` (of `record`) are given. Under `accelerate launch` all processes paint, and
+    one writes. `before` is what an earlier round has made of the source: its weights are pruned
+    further, and what is zero there stays zero. `progress` counts
+    denoising steps while "calibrating", and bytes of weights while "pruning".
+
+    Raises:
+        UsageError: the recipe does not fit the model.
+        InputError: weights or activations are corrupt or not finite, or `out` exists.
+    """
+    model = before or source
+    catalog = read_catalog(model.path)
+    plan = make_plan(recipe, catalog)
+    check(_merged(*_wanted(plan, recipe)), recipe.calibration)
+    if not replace:
+        refuse_existing(out)
+    if "calibration" in decisive(recipe):
+        recipe = recipe.model_copy(update={"calibration": complete(source, recipe.calibration)})
+    decisions, calibrator = _look(source, before, catalog, plan, recipe, statistics, progress)
+    ready: dict[tuple[str, str], Tensor] = {}
+    if calibrator and recipe.calibration.packages > 1:
+        ready = _in_packages(decisions, calibrator, plan, recipe, progress)
+    calibrator = None  # a model less in memory
+
+    def decide(layer: LayerPlan, weight: Tensor) -> Tensor:
+        decided = ready.pop((layer.component, layer.name), None)
+        return decisions.decide(layer, weight) if decided is None else decided
+
+    def write() -> None:
+        if not ready:
+            decisions.allocate()
+        with staging(out, replace=replace) as work:
+            resolved, tensors = write_pruned(
+                model.path, catalog, plan, work, decide, partial(progress, "pruning")
+            )
+            if short := shortfalls(resolved, recipe):
+                raise SdcompressError(
+                    f"{short[0]}; the masks do not do what was asked, please report this"
+                )
+            linked = link_files(model, work)
+            manifest = Manifest(
+                stage="pruned",
+                parent=source.digest,
+                source=source.manifest.source,
+                recipe=decisive(recipe),
+                tools=tool_versions(),
+                plan=resolved,
+                tensors=tensors,
+                details=_blocks(plan, recipe),
+            )
+            seal(work, manifest, linked=linked)
+
+    on_main_process(write)
+    return Bundle.open(out)
+
+
+def record(source: Bundle, recipe: Recipe, *, progress: Progress = _silent) -> Statistics:
+    """The statistics that pruning by this recipe needs, all at once; {} where it needs none."""
+    wanted = _merged(*_wanted(make_plan(recipe, read_catalog(source.path)), recipe))
+    if not wanted:
+        return {}
+    calibrator = Calibrator(source, recipe.calibration)
+    return calibrator.record(wanted, progress=partial(progress, "calibrating"))
+
+
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that a pruned bundle depends on, as they stand in its manifest.
+
+    The calibration is among them where the model is looked at while it paints, the schedule where
+    there is more than one round.
+    """
+    parts = set(DECIDES)
+    if any(
+        needs(section.allocation) or load_criterion(rule.criterion).needs & STATISTICS
+        for section in recipe.prune.values()
+        for rule in section.rules
+        if not rule.keep
+    ):
+        parts.add("calibration")
+    if recipe.schedule.rounds > 1:
+        parts.add("schedule")
+    return recipe.model_dump(mode="json", include=parts)
+
+
+def notes(manifest: Manifest) -> list[str]:
+    """What a person should know of how a bundle was pruned, a line each."""
+    blocks = manifest.details.get("hessian_per_position", [])
+    if not blocks:
+        return []
+    return [
+        f"{len(blocks)} layers (such as {blocks[0]}) have more columns than max_hessian: every "
+        "position of their kernels has a Hessian of its own, which knows less"
+    ]
+
+
+def _look(
+    source: Bundle,
+    before: Bundle | None,
+    catalog: Catalog,
+    plan: SparsityPlan,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    progress: Progress,
+) -> tuple[Decisions, Calibrator | None]:
+    """Load the model and record, if there is need: all at once, or, where there will be packages,
+    only what the allocation needs before them.
+    """
+    criteria, allocations = _wanted(plan, recipe)
+    several = bool(criteria) and recipe.calibration.packages > 1
+    if several:
+        _refuse_packages(recipe, statistics)
+    first = allocations if several else _merged(criteria, allocations)
+    measured = any("loss" in needs(section.allocation) for section in recipe.prune.values())
+    calibrator = None
+    if measured or (statistics is None and (criteria or allocations)):
+        calibrator = Calibrator(before or source, recipe.calibration)
+        if any(names & GRADIENTS for layers in criteria.values() for names in layers.values()):
+            calibrator.see(Calibrator(source, recipe.calibration) if before else calibrator)
+    if statistics is None:
+        told = partial(progress, "calibrating")
+        statistics = calibrator.record(first, progress=told) if calibrator and first else {}
+    loss = None
+    if calibrator and measured:
+        from sdcompress.calibrate._losses import Losses
+
+        loss = Losses(calibrator).of
+    decisions = Decisions(
+        catalog, plan, recipe, statistics, loss=loss, before=before, progress=progress
+    )
+    return decisions, calibrator if several else None
+
+
+def _in_packages(
+    decisions: Decisions,
+    calibrator: Calibrator,
+    plan: SparsityPlan,
+    recipe: Recipe,
+    progress: Progress,
+) -> dict[tuple[str, str], Tensor]:
+    """Decide package after package, each calibrated on what became of those before it.
+
+    Every process does so: all go on painting with the same weights.
+    """
+    criteria, _ = _wanted(plan, recipe)
+    decisions.allocate()
+    layers = {(p.component, p.name): p for p in plan.layers if p.pruned}
+    sizes = [(*key, _bytes(layer, criteria, recipe)) for key, layer in layers.items()]
+    decided: dict[tuple[str, str], Tensor] = {}
+    parts = packages(sizes, recipe.calibration.packages)
+    for number, part in enumerate(parts, 1):
+        keys = [(component, name) for component, name, _ in part]
+        wanted: Wanted = defaultdict(dict)
+        for component, name in keys:
+            if statistics := criteria.get(component, {}).get(name):
+                wanted[component][name] = statistics
+        told = partial(progress, f"calibrating, package {number} of {len(parts)}")
+        decisions.statistics = calibrator.record(dict(wanted), progress=told) if wanted else {}
+        for key in keys:
+            decided[key] = decisions.decide(layers[key], decisions.read(layers[key]))
+            calibrator.replace(*key, decided[key])
+    return decided
+
+
+def _refuse_packages(recipe: Recipe, statistics: Statistics | None) -> None:
+    """Raises UsageError where packages cannot do what is asked."""
+    if statistics is not None:
+        raise UsageError(
+            "calibration: packages are calibrated one after the other, which statistics recorded "
+            "before cannot do; take 'packages: 1', or let every round calibrate anew"
+        )
+    for component, section in recipe.prune.items():
+        names = {rule.criterion for rule in section.rules if not rule.keep}
+        if section.allocation == "global" and any(
+            load_criterion(name).needs & STATISTICS for name in names
+        ):
+            raise UsageError(
+                f"{component}: a global threshold needs the scores of all layers at once, packages "
+                "give them one after the other; take 'packages: 1', or another allocation"
+            )
+
+
+def _wanted(plan: SparsityPlan, recipe: Recipe) -> tuple[Wanted, Wanted]:
+    """What has to be recorded of each layer: for its criterion, and for the allocation."""
+    criteria: Wanted = defaultdict(dict)
+    allocations: Wanted = defaultdict(dict)
+    for layer in plan.layers:
+        if not layer.pruned:
+            continue
+        section = recipe.prune[layer.component]
+        fixed = layer.pattern != str(UNSTRUCTURED)
+        if asked := _needs_of(layer.criterion) & STATISTICS:
+            criteria[layer.component][layer.name] = asked
+        if not fixed and (asked := needs(section.allocation) & STATISTICS):
+            allocations[layer.component][layer.name] = asked
+    return dict(criteria), dict(allocations)
+
+
+def _merged(first: Wanted, second: Wanted) -> Wanted:
+    merged: Wanted = {component: dict(layers) for component, layers in first.items()}
+    for component, layers in second.items():
+        for layer, statistics in layers.items():
+            known = merged.setdefault(component, {}).get(layer, frozenset())
+            merged[component][layer] = known | statistics
+    return merged
+
+
+def _needs_of(criterion: str | None) -> frozenset[str]:
+    return load_criterion(criterion).needs if criterion else frozenset()
+
+
+def _bytes(layer: LayerPlan, criteria: Wanted, recipe: Recipe) -> int:
+    names = criteria.get(layer.component, {}).get(layer.name, frozenset())
+    return statistics_bytes(layer.shape, names, recipe.calibration.max_hessian)
+
+
+def _blocks(plan: SparsityPlan, recipe: Recipe) -> dict[str, list[str]]:
+    """For the manifest: the layers whose Hessian is cut into one for each kernel position."""
+    cut = [
+        f"{layer.component}/{layer.name}"
+        for layer in plan.layers
+        if layer.pruned
+        and _needs_of(layer.criterion) & {"hessian", "step_hessian"}
+        and len(hessian_shape(layer.shape, recipe.calibration.max_hessian)) > 2
+    ]
+    return {"hessian_per_position": cut} if cut else {}

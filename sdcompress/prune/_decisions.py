@@ -1,0 +1,191 @@
+"""What becomes of each weight: who competes with whom, how many go, and which."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sdcompress.allocation import Group, allocate
+from sdcompress.bundle import Bundle
+from sdcompress.calibrate import exact_device
+from sdcompress.catalog import Catalog
+from sdcompress.criteria import Criterion, LayerStats, load_criterion
+from sdcompress.errors import InputError
+from sdcompress.patterns import UNSTRUCTURED, Select, Threshold, keep_mask, parse_pattern
+from sdcompress.plan import LayerPlan, SparsityPlan
+from sdcompress.prune._write import read_finite
+from sdcompress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdcompress.calibrate import Statistics
+
+Loss = Callable[[str, str, "Tensor"], float]  # component, layer, weight → what it does to the model
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
+
+
+class Decisions:
+    """Decides on every pruned layer of a plan.
+
+    `statistics` may be filled in later, as long as those of a layer are there when it is decided
+    on. `loss` is what an allocation that measures asks. Layers that an earlier round has pruned
+    (`before`) keep the zeros it gave them.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        plan: SparsityPlan,
+        recipe: Recipe,
+        statistics: Statistics,
+        *,
+        loss: Loss | None = None,
+        before: Bundle | None = None,
+        progress: Progress,
+    ) -> None:
+        self._plan, self._recipe, self._loss = plan, recipe, loss
+        self.statistics, self.progress = statistics, progress
+        self._infos = {
+            (component, info.name): info
+            for component, shards in catalog.headers.items()
+            for header in shards
+            for info in header.tensors.values()
+        }
+        pruned = before.manifest.plan.layers if before and before.manifest.plan else ()
+        self._before = {(p.component, p.name) for p in pruned if p.pruned}
+        self._zeros: dict[tuple[str, str], int] = {}
+        self._thresholds: dict[tuple[str, str], Threshold] = {}
+
+    def allocate(self) -> None:
+        """Settle how many weights go in each layer. Comes before the first decision."""
+        for component in self._plan.parameters:
+            for group in self._groups(component):
+                if len(group.layers) == 1:
+                    (layer,) = group.layers
+                    self._zeros[component, layer.name] = group.zeros
+                else:
+                    threshold = Threshold.find(_Scores(self, group), group.zeros)
+                    self._thresholds |= {(component, p.name): threshold for p in group.layers}
+
+    def decide(self, layer: LayerPlan, weight: Tensor) -> Tensor:
+        """The layer's weight, in its own dtype, with zeros where it is pruned. Once for each layer:
+        layers that share a threshold share the ties at it, too.
+
+        Raises:
+            InputError: the criterion makes of it what its dtype cannot hold.
+        """
+        criterion, pattern = _criterion(layer), parse_pattern(layer.pattern or "")
+        key = (layer.component, layer.name)
+        gone = weight == 0 if key in self._before else None
+        if criterion.solve:
+            select = Select(pattern, layer.shape, self._zeros[key], gone)
+            return self._solve(criterion, layer, weight, select)
+        scores = self.scores(layer, weight)
+        if threshold := self._thresholds.get(key):
+            keep = threshold.keep(scores)
+        else:
+            keep = keep_mask(scores, pattern, self._zeros[key], criterion.compare)
+        return weight.masked_fill(~keep, 0.0)
+
+    def _solve(
+        self, criterion: Criterion, layer: LayerPlan, weight: Tensor, select: Select
+    ) -> Tensor:
+        assert criterion.solve
+        place = exact_device()
+        mask, solved = criterion.solve(weight.float().to(place), self._stats(layer, place), select)
+        solved = solved.masked_fill(~mask, 0.0).to("cpu", weight.dtype)
+        if not bool(solved.isfinite().all()):
+            raise InputError(
+                f"{layer.component}/{layer.name}: {layer.criterion} makes weights that "
+                f"{layer.dtype} cannot hold; use an fp32 checkpoint, or prune this layer less"
+            )
+        return solved
+
+    def scores(self, layer: LayerPlan, weight: Tensor) -> Tensor:
+        """Higher = keep; the lowest of all where an earlier round has pruned."""
+        score = _criterion(layer).score
+        assert score
+        scores = score(weight, self._stats(layer, "cpu"))
+        if (layer.component, layer.name) in self._before:
+            scores = scores.masked_fill(weight == 0, -float("inf"))
+        return scores
+
+    def read(self, layer: LayerPlan) -> Tensor:
+        return read_finite(self._infos[layer.component, layer.name])
+
+    def gone(self, layer: LayerPlan) -> int:
+        """How many weights an earlier round has pruned."""
+        known = (layer.component, layer.name) in self._before
+        return int((self.read(layer) == 0).sum()) if known else 0
+
+    def measure(self, layer: LayerPlan, weight: Tensor) -> float:
+        """What the model loses with this weight in this layer."""
+        assert self._loss
+        return self._loss(layer.component, layer.name, weight)
+
+    def _stats(self, layer: LayerPlan, place: Any) -> LayerStats:
+        name = f"{self._recipe.seed}/{layer.component}/{layer.name}"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        recorded = self.statistics.get(layer.component, {}).get(layer.name, {})
+        needs = _criterion(layer).needs
+        return LayerStats(seed, {k: v.to(place) for k, v in recorded.items() if k in needs})
+
+    def _groups(self, component: str) -> Iterator[Group]:
+        """N:M layers alone, the others as their component's allocation says."""
+        by_rule: dict[int, list[LayerPlan]] = defaultdict(list)
+        for layer in self._plan.of(component):
+            if layer.pruned and layer.rule is not None:
+                by_rule[layer.rule].append(layer)
+        section = self._recipe.prune.get(component)
+        for index, members in by_rule.items():
+            assert section
+            rule = section.rules[index]
+            fixed = members[0].pattern != str(UNSTRUCTURED)
+            way = "uniform" if fixed else section.allocation
+            yield from allocate(way, members, rule, section, _Evidence(self))
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What an allocation may look at: see `allocation.Evidence`."""
+
+    decisions: Decisions
+
+    def weight(self, layer: LayerPlan) -> Tensor:
+        return self.decisions.read(layer).float()
+
+    def scores(self, layer: LayerPlan) -> Tensor:
+        return self.decisions.scores(layer, self.decisions.read(layer))
+
+    def statistic(self, layer: LayerPlan, name: str) -> Tensor:
+        return self.decisions.statistics[layer.component][layer.name][name]
+
+    def loss(self, layer: LayerPlan, weight: Tensor) -> float:
+        return self.decisions.measure(layer, weight)
+
+    def gone(self, layer: LayerPlan) -> int:
+        return self.decisions.gone(layer)
+
+    def progress(self, done: int, total: int) -> None:
+        self.decisions.progress("measuring layers", done, total)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The scores of a group, read again on every walk: two passes cost less than keeping them."""
+
+    decisions: Decisions
+    group: Group
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for layer in self.group.layers:
+            yield self.decisions.scores(layer, self.decisions.read(layer))
+
+
+def _criterion(layer: LayerPlan) -> Criterion:
+    assert layer.criterion is not None
+    return load_criterion(layer.criterion)

@@ -1,0 +1,352 @@
+"""Pruning in rounds, each on what the last one left: recipe's `schedule` → pruned bundle.
+
+    source ─ prune ─ (tune) ─ prune ─ (tune) ─ … ─ prune
+
+What is finished lies sealed in a hidden folder beside the result, never more than two bundles at a
+time. A call that was killed goes on from there when it is repeated; the folder goes when the result
+is in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdcompress import tuning
+from sdcompress.bundle import (
+    Bundle,
+    link_files,
+    locked,
+    refuse_existing,
+    seal,
+    staging,
+    to_json,
+    tool_versions,
+    write_json,
+)
+from sdcompress.calibrate import is_main_process, on_main_process
+from sdcompress.catalog import read_catalog
+from sdcompress.errors import InputError, UsageError, VerificationError
+from sdcompress.evaluation.files import content
+from sdcompress.patterns import parse_pattern
+from sdcompress.plan import SparsityPlan, account, make_plan
+from sdcompress.prune import decisive, prune, record
+from sdcompress.recipe import Recipe, Rule, Schedule, Tune
+
+HISTORY = "rounds.json"  # in the folder: what each finished step reached, also those removed since
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def prune_in_rounds(
+    source: Bundle,
+    recipe: Recipe,
+    out: Path,
+    *,
+    replace: bool = False,
+    fresh: bool = False,
+    progress: Progress = _silent,
+) -> Bundle:
+    """Prune a weight bundle into a new bundle at `out`, in as many rounds as the recipe says.
+
+    The result is one of stage "pruned" whose parent is `source`; its details say what each round
+    reached. `fresh` begins anew, whatever an earlier call has left. Under `accelerate launch` every
+    process calls this, and the main one writes. `progress` counts as `prune` and `tune` do.
+
+    Raises:
+        UsageError: recipe, schedule and model do not fit together.
+        InputError: weights or activations are not finite, the loss of a tuning diverges, `out`
+            exists, or another process is at work on it.
+    """
+    check(source, recipe)
+    if recipe.schedule.rounds == 1:
+        return prune(source, recipe, out, replace=replace, progress=progress)
+    out = out.resolve()
+    if not replace:
+        refuse_existing(out)
+    folder = out.with_name(f".{out.name}.rounds")
+    steps = _steps(source, recipe)
+    with _alone(folder) if is_main_process() else nullcontext():
+        if fresh:
+            on_main_process(lambda: _remove_all_but((), folder))
+        done, model = _resume(folder, steps)
+        model = _go_on(source, recipe, folder, steps, done, model, progress)
+        on_main_process(lambda: _finish(recipe, folder, steps, model, out, replace))
+    return Bundle.open(out)
+
+
+def check(source: Bundle, recipe: Recipe) -> SparsityPlan:
+    """What the last round will prune; what can be known before slow work is found out here.
+
+    Raises:
+        UsageError: schedule, rules and model do not fit together.
+    """
+    schedule, catalog = recipe.schedule, read_catalog(source.path)
+    plan = make_plan(recipe, catalog)
+    if schedule.rounds == 1:
+        given = schedule.model_dump(exclude_defaults=True, exclude={"rounds"})
+        if given:
+            raise UsageError(
+                f"schedule: {next(iter(given))!r} is about several rounds, found 'rounds: 1'; ask "
+                "for more rounds, or leave it out"
+            )
+        return plan
+    for component, section in recipe.prune.items():
+        for i, rule in enumerate(section.rules, 1):
+            if not rule.keep and schedule.initial > _asked(rule):
+                raise UsageError(
+                    f"schedule: expected 'initial' to be no more than what each rule asks for, "
+                    f"found {schedule.initial:g} and {_asked(rule):g} ({component}, rule {i}); "
+                    "lower it"
+                )
+    if recipe.calibration.packages > 1 and not schedule.recalibrate:
+        raise UsageError(
+            "schedule: packages are calibrated one after the other in every round, found "
+            f"'packages: {recipe.calibration.packages}' with 'recalibrate: false'; take "
+            "'packages: 1', or recalibrate"
+        )
+    for number in range(1, schedule.rounds):
+        make_plan(round_recipe(recipe, number), catalog)
+    if schedule.tune:
+        if source.manifest.plan is not None:
+            raise UsageError(
+                f"{source.path}: expected a dense model, which tuning between rounds learns from, "
+                f"found a {source.manifest.stage} bundle; prune the model it was made from"
+            )
+        tuning.check(plan, schedule.tune)
+    return plan
+
+
+def cubic(initial: float, final: float, part: float) -> float:
+    """The sparsity after this part (0..1) of the rounds: final + (initial - final)·(1 - part)³.
+
+    Zhu & Gupta 2017, "To prune, or not to prune", equation 1: most goes early, while there is much
+    that can be spared.
+    """
+    return final + (initial - final) * (1 - part) ** 3
+
+
+def round_recipe(recipe: Recipe, number: int) -> Recipe:
+    """What round `number`, counted from 1, prunes by: a recipe without a schedule.
+
+    An N:M pattern loses at least one weight of each group in the first round, and its M - N in the
+    last: 2:4 comes by way of 3:4. Limits of a rule below its sparsity grow as that does.
+    """
+    schedule = recipe.schedule
+    prune = recipe.prune
+    if number < schedule.rounds:
+        step = partial(_rule, initial=schedule.initial, part=number / schedule.rounds)
+        prune = {
+            component: section.model_copy(update={"rules": tuple(map(step, section.rules))})
+            for component, section in prune.items()
+        }
+    return recipe.model_copy(update={"prune": prune, "schedule": Schedule(), "tune": None})
+
+
+def _rule(rule: Rule, initial: float, part: float) -> Rule:
+    if rule.keep or not (asked := _asked(rule)):
+        return rule
+    sparsity = cubic(initial, asked, part)
+    update: dict[str, Any] = {
+        "sparsity": sparsity,
+        "min_sparsity": rule.min_sparsity * sparsity / asked,
+    }
+    pattern = parse_pattern(rule.pattern)
+    if pattern.n is not None and pattern.m is not None:
+        zeros = max(1, math.floor(pattern.m * sparsity + 1e-9))  # 3.9999999999999996 is 4
+        update |= {"pattern": f"{pattern.m - zeros}:{pattern.m}", "sparsity": None}
+    return rule.model_copy(update=update)
+
+
+def _asked(rule: Rule) -> float:
+    fixed = parse_pattern(rule.pattern).sparsity
+    return (rule.sparsity or 0.0) if fixed is None else fixed
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Pruning by a recipe, or tuning, of what the step before has left.
+
+    `key` digests all that decides what comes of it, the steps before included.
+    """
+
+    round: int
+    do: Recipe | Tune
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Of its bundle in the folder."""
+        kind = "tuned" if isinstance(self.do, Tune) else "pruned"
+        return f"{self.round}-{kind}-{self.key[:16]}"
+
+
+def _steps(source: Bundle, recipe: Recipe) -> list[_Step]:
+    """What there is to do. A round that asks for no more than the one before is left out, unless
+    there was tuning since.
+    """
+    schedule, steps, last = recipe.schedule, list[_Step](), None
+    key = _key(source.digest, tool_versions(), schedule.recalibrate)
+    for number in range(1, schedule.rounds + 1):
+        asked = round_recipe(recipe, number)
+        if asked == last and not schedule.tune:
+            continue
+        last = asked
+        key = _key(key, decisive(asked), _files(asked.calibration.images))
+        steps.append(_Step(number, asked, key))
+        if schedule.tune and number < schedule.rounds:
+            key = _key(key, schedule.tune.decides(), _files(schedule.tune.images))
+            steps.append(_Step(number, schedule.tune, key))
+    return steps
+
+
+def _key(*made_of: Any) -> str:
+    return hashlib.sha256(to_json(made_of).encode()).hexdigest()
+
+
+def _files(folder: str | None) -> str | None:
+    """The digest of a folder that settings name; whoever reads it says where there is none."""
+    place = Path(folder).expanduser() if folder else None
+    return content(place) if place and place.exists() else None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, and nobody else's meanwhile; it stays only with rounds in it.
+
+    Raises:
+        InputError: another process is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, wait=False):
+            yield
+    except BlockingIOError as e:
+        raise InputError(f"{folder}: another pruning is at work there; wait for it to end") from e
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _resume(folder: Path, steps: Sequence[_Step]) -> tuple[int, Bundle | None]:
+    """How many steps an earlier call has finished, and the bundle of the last of them."""
+    known = _read_history(folder)
+    for done in range(len(steps), 0, -1):
+        with suppress(InputError, VerificationError):  # not there, or damaged since
+            bundle = Bundle.open(folder / steps[done - 1].name)
+            bundle.check_files()
+            if all(step.name in known for step in steps[: done - 1]):
+                return done, bundle
+    return 0, None
+
+
+def _go_on(
+    source: Bundle,
+    recipe: Recipe,
+    folder: Path,
+    steps: Sequence[_Step],
+    done: int,
+    model: Bundle | None,
+    progress: Progress,
+) -> Bundle:
+    """The bundle of the last step; `model` is what `done` steps have left."""
+    schedule, statistics = recipe.schedule, None
+
+    def tell(step: _Step, what: str, done: int, total: int) -> None:
+        what = "tuning" if isinstance(step.do, Tune) else what  # which would tell its loss, too
+        progress(f"round {step.round} of {schedule.rounds}: {what}", done, total)
+
+    def settle(done: int, model: Bundle | None) -> None:
+        """Keep what was reached and what the next step needs; leave the rest."""
+        finished = steps[done - 1] if done else None
+        known = {n: r for n, r in _read_history(folder).items() if n in {s.name for s in steps}}
+        if finished and model:
+            write_json(folder / HISTORY, {**known, finished.name: _reached(finished, model)})
+        # A tuning that was stopped has left its checkpoint and its log beside its bundle.
+        keep = [step.name for step in steps[max(0, done - 1) : done + 1]]
+        _remove_all_but([*keep, HISTORY], folder)
+
+    on_main_process(lambda: settle(done, model))
+    for step in steps[done:]:
+        told, target = partial(tell, step), folder / step.name
+        if isinstance(step.do, Tune):
+            assert model
+            model = tuning.tune(model, step.do, target, dense=source, replace=True, progress=told)
+        else:
+            if statistics is None and not schedule.recalibrate:
+                first = steps[0].do
+                assert isinstance(first, Recipe)
+                statistics = record(source, first, progress=told)
+            model = prune(
+                source,
+                step.do,
+                target,
+                replace=True,
+                progress=told,
+                before=model,
+                statistics=statistics,
+            )
+        done += 1
+        on_main_process(partial(settle, done, model))
+    assert model
+    return model
+
+
+def _reached(step: _Step, bundle: Bundle) -> dict[str, Any]:
+    """What a step came to, for the manifest of the result."""
+    details, plan = bundle.manifest.details, bundle.manifest.plan
+    if isinstance(step.do, Tune):
+        facts = ("steps", "first_loss", "final_loss", "diverged_in_step")
+        told = {fact: details[fact] for fact in facts if fact in details}
+        return {"tuned": {"method": step.do.method, **told}}
+    assert plan
+    pruned = {c: s for c, s in account(plan).components.items() if s.parameters_pruned}
+    return {
+        "zeros": {c: s.zeros for c, s in pruned.items()},
+        "sparsity": {c: s.of_layers_pruned for c, s in pruned.items()},
+    }
+
+
+def _read_history(folder: Path) -> dict[str, dict[str, Any]]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads((folder / HISTORY).read_text(encoding="utf-8")))
+    return {}
+
+
+def _remove_all_but(names: Collection[str], folder: Path) -> None:
+    """Remove what has none of these names in its own."""
+    for path in folder.iterdir():
+        if not any(name in path.name for name in names):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _finish(
+    recipe: Recipe, folder: Path, steps: Sequence[_Step], last: Bundle, out: Path, replace: bool
+) -> None:
+    """Put what the last round has made into its place, with the whole story in its manifest."""
+    known, rounds = _read_history(folder), dict[int, dict[str, Any]]()
+    for step in steps:
+        rounds.setdefault(step.round, {"round": step.round}).update(known[step.name])
+    manifest = last.manifest
+    told = {
+        "recipe": {**(manifest.recipe or {}), "schedule": recipe.schedule.model_dump(mode="json")},
+        "details": {**manifest.details, "rounds": list(rounds.values())},
+    }
+    with staging(out, replace=replace) as work:
+        linked = link_files(last, work)
+        seal(work, manifest.model_copy(update=told), linked=linked)
+    shutil.rmtree(folder)
