@@ -155,14 +155,15 @@ class Select:
     all, or as many as N:M says. `gone` (boolean, of the weight's shape) was pruned in an earlier
     round: it goes whatever its score, and counts.
 
-    For N:M, `width` is M. Without a pattern, `plan` finds out beforehand how many go in each
-    column: the same share of each would force out what matters where it is most.
+    For N:M, `width` is M. Without a pattern it is 128, as SparseGPT has it, and every block gives
+    the same share; or `plan` finds out beforehand how many go in each column, since the same share
+    forces out what matters where it is most, and `width` is 8.
     """
 
     def __init__(
         self, pattern: Pattern, shape: tuple[int, ...], zeros: int, gone: Tensor | None = None
     ) -> None:
-        self.width = 8 if pattern.m is None else pattern.m
+        self.width = 128 if pattern.m is None else pattern.m
         self._pattern = pattern
         self._shape = (shape[0], math.prod(shape[1:]))
         self._zeros = zeros
@@ -172,9 +173,8 @@ class Select:
     def plan(self, scores: Tensor) -> None:
         """Share out the zeros over all columns, by first scores [K, columns] of every weight."""
         if self._pattern.m is None:
-            scores = self._without_gone(scores, 0)
-            dropped = ~keep_mask(scores, UNSTRUCTURED, self._zeros, "tensor")
-            self._before = [0, *dropped.sum(0).cumsum(0).tolist()]
+            self._share_out(scores)
+            self.width = 8
 
     def __call__(self, scores: Tensor, first: int) -> Tensor:
         """The mask of weights to keep among the columns from `first` on, shaped like `scores`.
@@ -189,11 +189,17 @@ class Select:
             if not self._before:
                 import torch
 
-                rows = torch.arange(self._shape[0], device=scores.device)
-                self.plan(rows[:, None].expand(self._shape))
+                # Row after row; what is left over, a part of a row, is spread over the columns by
+                # multiples of the golden ratio.
+                rows, columns = (torch.arange(n, device=scores.device) for n in self._shape)
+                self._share_out(rows[:, None] + (columns * 0.61803398875) % 1)
             zeros = self._before[first + scores.shape[1]] - self._before[first]
         # What is gone stays so even where there were to be fewer zeros.
         return keep_mask(scores, self._pattern, zeros, "tensor") & (scores > -math.inf)
+
+    def _share_out(self, scores: Tensor) -> None:
+        dropped = ~keep_mask(self._without_gone(scores, 0), UNSTRUCTURED, self._zeros, "tensor")
+        self._before = [0, *dropped.sum(0).cumsum(0).tolist()]
 
     def _without_gone(self, scores: Tensor, first: int) -> Tensor:
         if self._gone is None:

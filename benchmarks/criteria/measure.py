@@ -184,7 +184,8 @@ def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
         for child in multiprocessing.active_children():
             child.terminate()
         raise
-    pool.shutdown()
+    finally:
+        pool.shutdown()
 
 
 def _follow() -> None:
@@ -200,4 +201,7 @@ def _follow() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")

@@ -70,8 +70,11 @@ def ratio(a: Floats, b: Floats) -> Interval:
     inside = cross**2 - square * rest
     if square == 0 or inside < 0 or b[0] <= 0:
         return Interval(value, -math.inf, math.inf)
-    ends = sorted((cross + sign * math.sqrt(inside)) / square for sign in (-1, 1))
-    return Interval(value, *ends) if square > 0 else Interval(value, ends[1], math.inf)
+    low, high = sorted((cross + sign * math.sqrt(inside)) / square for sign in (-1, 1))
+    if square > 0:
+        return Interval(value, low, high)
+    # All but what is between them, and of that the side on which the ratio is.
+    return Interval(value, high, math.inf) if value >= high else Interval(value, -math.inf, low)
 
 
 def at_least_as_good(ours: Measured, other: Measured) -> dict[str, Any]:

@@ -5,9 +5,9 @@ For one layer y = W x, minimise Σ |W x - W' x|² = tr((W - W') H (W - W')ᵀ) w
 2023, arXiv 2301.00774): with U the upper Cholesky factor of H⁻¹ = Uᵀ U, dropping w_j costs
 w_j² / U_jj², and the columns to its right make up for it best by w_k -= w_j U_jk / U_jj.
 
-Columns to the left could make up for it too. So, once all is chosen, what stays moves on to the
-least-squares optimum for the zeros there are; from where the columns left off, twenty steps of
-conjugate gradients come within a percent of it, and cost less than one exact solution a row.
+Columns to the left could make up for it too. So a refit moves what stays on to the least-squares
+optimum for the zeros there are; from where the columns left off, twenty steps of conjugate
+gradients come within a percent of it, and cost less than one exact solution a row.
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ _STEPS = 20  # of conjugate gradients
 _ENOUGH = 1e-9  # of what the gradient was
 
 
-def solve(weight: Tensor, hessian: Tensor, select: Select) -> tuple[Tensor, Tensor]:
+def solve(
+    weight: Tensor, hessian: Tensor, select: Select, *, refit: bool = False
+) -> tuple[Tensor, Tensor]:
     """The mask of weights to keep and the new weights, both shaped like `weight` (fp32).
+
+    As published, or with `refit`: then zeros are shared out over all columns beforehand, where
+    there is no pattern, and what stays ends at the least-squares optimum.
 
     `hessian` is [columns, columns] in fp64 over `as_columns(weight)`, or [blocks, c, c] where only
     blocks on its diagonal are known. Works where `weight` lies, in fp64. Time grows with columns³
@@ -49,12 +54,14 @@ def solve(weight: Tensor, hessian: Tensor, select: Select) -> tuple[Tensor, Tens
     damped.diagonal(dim1=-2, dim2=-1).add_(DAMPING * mean)
     factors = [_inverse_factor(one) for one in damped]
     dense = as_columns(weight).double().T.contiguous()  # [columns, outputs]: a column is one row
-    select.plan((dense.abs() / torch.cat([u.diagonal() for u in factors])[:, None]).T)
+    if refit:
+        select.plan((dense.abs() / torch.cat([u.diagonal() for u in factors])[:, None]).T)
     columns, keep = dense.clone(), torch.empty_like(dense, dtype=torch.bool)
     for block, (one, factor) in enumerate(zip(damped, factors, strict=True)):
         part = slice(block * len(one), (block + 1) * len(one))
         _drop(columns[part], keep[part], factor, select, part.start)
-        _refine(columns[part], keep[part], dense[part], one)
+        if refit:
+            _refine(columns[part], keep[part], dense[part], one)
     if not bool(columns.isfinite().all()):
         raise InputError(
             "expected finite weights, found NaN or infinity after the update; keep the layer "

@@ -2,8 +2,9 @@
 
 Score and update are those of `sparsegpt`; H = Σ α_i x xᵀ, where α falls with the logarithm of the
 steps that are left, from 1.2 at the first to 0.8 at the last, since an error at an early step goes
-through all the later ones (Zhu et al. 2025). What runs once a picture (text encoder, VAE) has one
-weight. Costs and shapes are those of `sparsegpt`.
+through all the later ones (Zhu et al. 2025). The paper prunes layers in packages, each calibrated
+on what became of those before: `calibration: {packages: 4}`. What runs once a picture (text
+encoder, VAE) has one weight. Costs and shapes are those of `sparsegpt`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """SparseGPT: drops what later inputs can make up for, and updates those (arXiv 2301.00774).
 
 Score w_j² / U_jj², with U the upper Cholesky factor of H⁻¹ = Uᵀ U and H = Σ x xᵀ over all inputs,
-and the update of optimal brain surgery for the columns to the right (Frantar & Alistarh 2023).
-Beyond the paper, weights of the whole layer compete where there is no pattern, not those of 128
-columns, and what stays ends at the least-squares optimum for its mask: see `_obs`.
+and the update of optimal brain surgery for the columns to the right (Frantar & Alistarh 2023), in
+blocks of 128 columns: see `_obs`. Columns of a Conv run along the channels first, so that N:M
+groups are whole.
 Linear [out, in], Conv [K, C, R, S] over its C·R·S unfolded inputs. Costs a pass over the
 calibration set, columns² fp64 numbers of memory for each layer, and columns³ operations and some
-twenty times outputs · columns².
+outputs · columns² more.
 """
 
 from __future__ import annotations

@@ -96,7 +96,12 @@ class Decisions:
     ) -> Tensor:
         assert criterion.solve
         place = exact_device()
-        mask, solved = criterion.solve(weight.float().to(place), self._stats(layer, place), select)
+        try:
+            mask, solved = criterion.solve(
+                weight.float().to(place), self._stats(layer, place), select
+            )
+        except InputError as e:
+            raise InputError(f"{layer.component}/{layer.name}: {e}") from e
         solved = solved.masked_fill(~mask, 0.0).to("cpu", weight.dtype)
         if not bool(solved.isfinite().all()):
             raise InputError(

@@ -104,6 +104,10 @@ def test_ratio_to_what_may_be_nothing_has_no_upper_end() -> None:
     assert found.value == 100
     assert 10 < found.low < 100
     assert found.high == math.inf
+    small = np.array([-0.5, -0.4, -0.6, -0.4, -0.6])
+    assert ratio(small, b).value == -5
+    assert ratio(small, b).low == -math.inf
+    assert -5 < ratio(small, b).high < 0
     nothing = ratio(a, -b)
     assert nothing == Interval(math.inf, -math.inf, math.inf)
     assert nothing.as_json() == {"value": None, "low": None, "high": None}

@@ -30,10 +30,12 @@ def _solve(
     pattern: Pattern = TWO_OF_FOUR,
     sparsity: float = 0.5,
     gone: torch.Tensor | None = None,
+    *,
+    refit: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = tuple(weight.shape)
     zeros = planned_zeros(pattern, shape, sparsity, "tensor")
-    return _obs.solve(weight, hessian, Select(pattern, shape, zeros, gone))
+    return _obs.solve(weight, hessian, Select(pattern, shape, zeros, gone), refit=refit)
 
 
 def _correlated(columns: int, seed: int = 0) -> torch.Tensor:
@@ -90,12 +92,15 @@ def test_a_conv_by_hand() -> None:
         assert torch.equal(new, 0.5 * expected)
 
 
+@pytest.mark.parametrize("refit", [False, True], ids=["published", "refit"])
 @pytest.mark.parametrize("shape", [(6, 16), (6, 8, 3, 3)], ids=str)
-def test_with_inputs_all_alike_it_is_magnitude(shape: tuple[int, ...]) -> None:
+def test_with_inputs_all_alike_it_is_magnitude(shape: tuple[int, ...], refit: bool) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     columns = weight[0].numel()
     for pattern in (TWO_OF_FOUR, UNSTRUCTURED):
-        mask, new = _solve(weight, 3.0 * torch.eye(columns, dtype=torch.float64), pattern)
+        mask, new = _solve(
+            weight, 3.0 * torch.eye(columns, dtype=torch.float64), pattern, refit=refit
+        )
         assert torch.equal(mask, keep_mask(weight.abs(), pattern, weight.numel() // 2, "tensor"))
         torch.testing.assert_close(new, weight * mask, rtol=1e-6, atol=0)
 
@@ -173,6 +178,25 @@ def test_blocks_are_solved_apart() -> None:
         torch.testing.assert_close(new, whole, rtol=1e-3, atol=1e-4)
 
 
+def test_as_published_every_block_of_128_columns_gives_its_share() -> None:
+    weight = torch.randn(4, 320, generator=torch.Generator().manual_seed(7))
+    weight[:, :128] *= 1e-3  # all of them would go, if the blocks competed
+    mask, _ = _solve(weight, torch.eye(320).double(), UNSTRUCTURED, 0.55, refit=False)
+    zeros = [int((~block).sum()) for block in mask.split(128, 1)]
+    assert sum(zeros) == 704
+    assert zeros == pytest.approx([281.6, 281.6, 140.8], abs=1)  # 55 % of each
+    mask, _ = _solve(weight, torch.eye(320).double(), UNSTRUCTURED, 0.55)
+    assert not mask[:, :128].any()
+
+
+def test_the_refit_errs_less() -> None:
+    hessian = _correlated(64)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(8))
+    plain, better = (_solve(weight, hessian, refit=refit)[1] for refit in (False, True))
+    assert torch.equal(plain == 0, better == 0)  # the same choice
+    assert _error(weight, better, hessian) < 0.8 * _error(weight, plain, hessian)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -180,9 +204,10 @@ def test_blocks_are_solved_apart() -> None:
     conv=st.booleans(),
     nm=st.booleans(),
     again=st.booleans(),
+    refit=st.booleans(),
 )
 def test_counts_are_exact_and_what_was_gone_stays_gone(
-    seed: int, sparsity: float, conv: bool, nm: bool, again: bool
+    seed: int, sparsity: float, conv: bool, nm: bool, again: bool, refit: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     shape = (3, 8, 2, 1) if conv else (3, 12)
@@ -195,7 +220,7 @@ def test_counts_are_exact_and_what_was_gone_stays_gone(
         earlier = Pattern(3, 4) if nm else UNSTRUCTURED
         gone = ~keep_mask(weight.abs(), earlier, zeros // 2, "tensor")
         weight = weight.masked_fill(gone, 0.0)
-    mask, new = _solve(weight, hessian, pattern, sparsity, gone)
+    mask, new = _solve(weight, hessian, pattern, sparsity, gone, refit=refit)
     assert mask.shape == new.shape == weight.shape
     assert mask.dtype == torch.bool
     assert new.dtype == torch.float32
@@ -259,6 +284,7 @@ def test_each_criterion_takes_its_own_hessian() -> None:
         assert criterion.solve
         mask, _ = criterion.solve(weight, stats, Select(TWO_OF_FOUR, (1, 4), 2))
         assert mask.int().tolist() == [expected]
+    assert load_criterion("obs_refit").needs == {"hessian"}
     assert load_criterion("sparsegpt").needs == {"hessian"}
     assert load_criterion("obs_diff").needs == {"step_hessian"}
 
