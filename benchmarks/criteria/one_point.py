@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.criteria.modelopt_peer import WEIGHTS
 from benchmarks.criteria.points import (
     COMPONENTS,
+    IN_PACKAGES,
     PEERS,
     Layers,
     Point,
@@ -116,7 +117,7 @@ def prune_ours(
     from sdcompress.prune import prune
 
     file = criterion_folder(work, point.method) / STATISTICS
-    statistics = torch.load(file, mmap=True)
+    statistics = None if point.method in IN_PACKAGES else torch.load(file, mmap=True)
     model = prune(dense_model(), recipe(point, shared), out, replace=True, statistics=statistics)
     assert model.manifest.plan
     total = account(model.manifest.plan).together

@@ -20,10 +20,10 @@ TITLES = {"unet": "UNet", "text_encoder": "text encoder", "both": "text encoder 
 # Okabe and Ito 2008, and three more: each method has a colour and a marker of its own.
 COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f"),
-    *("#7570b3", "#8c510a", "#66a61e"),
+    *("#7570b3", "#8c510a", "#66a61e", "#e7298a", "#1b9e77", "#a6761d", "#4d4d4d", "#b2182b"),
 )
 LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d", "p", "H", "8", "4")
 LEAST = 1e-3  # what is at the floor or below has no logarithm, and stands there
 FIRST, LAST = 0.78, 0.96  # where the markers of 2:4 stand, right of the sparsities
 _STYLE: dict[Any, Any] = {
@@ -58,7 +58,7 @@ def draw(marks: Sequence[Mark]) -> str:
     shown = [mark for mark in marks if not mark.point.shared]
     methods = list(dict.fromkeys(mark.point.method for mark in shown))
     looks = {
-        method: Look(COLOURS[i % 11], LINES[i % 4], MARKERS[i % 11])
+        method: Look(COLOURS[i % 16], LINES[i % 4], MARKERS[i % 16])
         for i, method in enumerate(methods)
     }
     with matplotlib.rc_context(_STYLE):

@@ -25,6 +25,12 @@ COMPONENTS = {
 TWO_FOUR = "2:4"
 SPARSITIES = ("60%", "50%", "70%", "40%", "30%")
 PEERS = {"modelopt sparse_magnitude": "sparse_magnitude", "modelopt sparsegpt": "sparsegpt"}
+# Criteria as OBS-Diff has them calibrated: part after part, each on what became of those before.
+PACKAGES = 4
+IN_PACKAGES = {
+    f"{name}, {PACKAGES} packages": name for name in ("obs_diff", "sparsegpt", "obs_refit")
+}
+JUDGED = (TWO_FOUR, "60%")  # where verdicts are given
 ON_SHARED = ("magnitude", "sparsegpt", "obs_diff")  # of our criteria, those like the peer's
 Layers = Mapping[str, Sequence[str]]  # component → names of layers
 
@@ -42,7 +48,7 @@ class Point(NamedTuple):
         """For files."""
         words = (self.components, self.pattern, self.method, "shared" if self.shared else "")
         text = "-".join(filter(None, words))
-        return text.translate({ord(":"): "to", ord(" "): "-", ord("%"): None})
+        return text.translate({ord(":"): "to", ord(" "): "-", ord("%"): None, ord(","): None})
 
     def __str__(self) -> str:
         shared = ", shared layers" if self.shared else ""
@@ -61,6 +67,12 @@ def all_points(
     found: list[Point] = []
     for components, pattern in _settings():
         found += [Point(method, components, pattern) for method in criteria]
+        if pattern in JUDGED:
+            found += [
+                Point(method, components, pattern)
+                for method, criterion in IN_PACKAGES.items()
+                if criterion in criteria
+            ]
         if pattern != TWO_FOUR or not peers:
             continue
         found += [Point(peer, components, pattern) for peer in peers]
@@ -94,7 +106,9 @@ def sparsity(pattern: str) -> float:
 
 def recipe(point: Point, shared: Layers) -> Recipe:
     """How a criterion's point is pruned: every Linear and Conv, or a rule for each shared layer."""
-    rule: dict[str, Any] = {"scope": "all", "criterion": point.method}
+    criterion = IN_PACKAGES.get(point.method, point.method)
+    packages = PACKAGES if point.method in IN_PACKAGES else 1
+    rule: dict[str, Any] = {"scope": "all", "criterion": criterion}
     if point.pattern == TWO_FOUR:
         rule["pattern"] = TWO_FOUR
     else:
@@ -103,7 +117,8 @@ def recipe(point: Point, shared: Layers) -> Recipe:
     for component in COMPONENTS[point.components]:
         names = shared[component] if point.shared else ["*"]
         prune[component] = {"rules": [{**rule, "layers": name} for name in names]}
-    return Recipe.model_validate({"name": "point", "prune": prune, "calibration": CALIBRATION})
+    calibration = {**CALIBRATION, "packages": packages}
+    return Recipe.model_validate({"name": "point", "prune": prune, "calibration": calibration})
 
 
 @lru_cache
