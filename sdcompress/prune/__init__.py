@@ -145,13 +145,20 @@ def decisive(recipe: Recipe) -> dict[str, Any]:
 
 def notes(manifest: Manifest) -> list[str]:
     """What a person should know of how a bundle was pruned, a line each."""
-    blocks = manifest.details.get("hessian_per_position", [])
-    if not blocks:
-        return []
-    return [
-        f"{len(blocks)} layers (such as {blocks[0]}) have more columns than max_hessian: every "
-        "position of their kernels has a Hessian of its own, which knows less"
-    ]
+    said = []
+    if rounds := manifest.details.get("rounds", []):
+        steps = "; ".join(
+            f"{component} " + ", ".join(f"{entry['sparsity'][component]:.1%}" for entry in rounds)
+            for component in rounds[-1]["sparsity"]
+        )
+        tuned = ", tuned in between" if any("tuned" in entry for entry in rounds) else ""
+        said.append(f"pruned in {len(rounds)} rounds{tuned}: {steps}")
+    if blocks := manifest.details.get("hessian_per_position", []):
+        said.append(
+            f"{len(blocks)} layers (such as {blocks[0]}) have more columns than max_hessian: every "
+            "position of their kernels has a Hessian of its own, which knows less"
+        )
+    return said
 
 
 def _look(

@@ -40,11 +40,12 @@ CRITERIA = ("magnitude", "obs_diff", "wanda")
 
 def test_points_come_once_and_the_most_telling_first() -> None:
     points = all_points(CRITERIA, OURS)
-    assert len(points) == 3 * 6 * 3
-    assert points[:4] == [
+    assert len(points) == 3 * 6 * 3 + 6  # the last: in packages, at 2:4 and 60 %
+    assert points[:5] == [
         Point("magnitude", "unet", "2:4"),
         Point("obs_diff", "unet", "2:4"),
         Point("wanda", "unet", "2:4"),
+        Point("obs_diff, 4 packages", "unet", "2:4"),
         Point("magnitude", "unet", "60%"),
     ]
     assert len({point.name for point in points}) == len(points)
@@ -78,6 +79,9 @@ def test_recipes() -> None:
         component: [(r.layers, r.scope, r.criterion, r.pattern, r.sparsity) for r in section.rules]
         for component, section in whole.prune.items()
     } == {c: [("*", "all", "wanda", "unstructured", 0.3)] for c in ("text_encoder", "unet")}
+    packages = recipe(Point("obs_diff, 4 packages", "unet", "60%"), OURS)
+    assert packages.calibration.packages == 4
+    assert packages.prune["unet"].rules[0].criterion == "obs_diff"
     shared = recipe(Point("magnitude", "unet", "2:4", shared=True), {"unet": ["a.weight", "b"]})
     assert [(r.layers, r.pattern) for r in shared.prune["unet"].rules] == [
         ("a.weight", "2:4"),
@@ -238,7 +242,8 @@ def test_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert first["figures"]["prompt_accuracy_difference"]["value"] == -0.5
     assert first["figures"]["above_floor"]["value"] == pytest.approx(0.5)
     verdict = results["verdicts"]["unet 2:4"]
-    assert verdict["at_least_as_good"] == "yes"
+    assert verdict["obs_diff"]["at_least_as_good"] == "yes"
+    assert verdict["obs_diff, 4 packages"]["at_least_as_good"] == "no"
     assert verdict["closest"]["method"] == "obs_diff"
     assert verdict["closest"]["times"]["value"] == pytest.approx(5)
     assert "unet 2:4 magnitude: prompt_accuracy: ±0.2" in "\n".join(results["wide"])
@@ -248,6 +253,6 @@ def test_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (rows[1]["prompt_accuracy"], rows[1]["cpu_seconds"]) == ("1.0", "23.0")
     assert "</svg>" in (out / "quality.svg").read_text()
     said = capsys.readouterr().out
-    assert "unet 2:4: obs_diff at least as good: yes" in said
+    assert "unet 2:4: obs_diff at least as good as every published method: yes" in said
     assert "closest is obs_diff, 5.0 [" in said
     assert "FAILED some point: ValueError: why" in said

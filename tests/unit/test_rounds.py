@@ -16,7 +16,7 @@ from sdcompress.bundle import Bundle, locked
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.quality import QualitySettings
 from sdcompress.patterns import parse_pattern, violations
-from sdcompress.prune import prune
+from sdcompress.prune import notes, prune
 from sdcompress.recipe import Recipe
 from sdcompress.rounds import check, cubic, prune_in_rounds, round_recipe
 from sdcompress.search.cost import weigh
@@ -158,6 +158,7 @@ def test_rounds_come_to_what_one_shot_does_where_scores_stay(
         }
         for number, sixteenths in ((1, 11), (2, 12))
     ]
+    assert notes(manifest) == ["pruned in 2 rounds: text_encoder 68.8%, 75.0%"]
     assert {p.sparsity for p in layers} == {0.75}
     once = prune(tiny_source, make({"scope": "linear", "sparsity": 0.75}), tmp_path / "once")
     assert equal(bundle, once)

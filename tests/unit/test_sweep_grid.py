@@ -130,7 +130,7 @@ def test_an_answer_is_of_the_files_that_were_there(tiny_source: Bundle, tmp_path
     ("asked", "message"),
     [
         ((["tail"], ["magnitude"], ["2:4"], []), "expected 'text_encoder', 'unet' or 'vae'"),
-        ((["unet"], ["magic"], ["2:4"], []), "expected one of magnitude, .*found 'magic'"),
+        ((["unet"], ["magic"], ["2:4"], []), "expected one of fisher, .*found 'magic'"),
         ((["unet"], ["magnitude"], ["5:4"], []), "expected 'unstructured' or N:M"),
         ((["unet"], ["magnitude"], ["unstructured"], []), "give them with --sparsity"),
     ],
@@ -201,9 +201,13 @@ def test_the_study_is_shipped_whole() -> None:
 def test_the_preset_runs_what_the_study_ran() -> None:
     points = preset(RAMESH_ZHAO)
     assert len(points) == len({point.model_dump_json() for point in points})
-    by_criterion = Counter(point.curve.criterion for point in points)
-    assert by_criterion["magnitude"] == 45  # 46 published, the dense model being one
-    assert by_criterion["wanda"] == 12
+    by_method = Counter((p.curve.criterion, "owl" in p.curve.allocation) for p in points)
+    assert by_method == {
+        ("magnitude", False): 45,  # 46 published, the dense model being one
+        ("magnitude", True): 31,
+        ("wanda", False): 12,
+        ("wanda", True): 11,
+    }
     assert {part.scope for point in points for part in point.parts.values()} == {"linear"}
     assert (
         Point(
