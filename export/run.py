@@ -316,14 +316,17 @@ def _sparse_weights(
 
         return prune_in_rounds(parent, recipe, path, replace=True, progress=progress)
 
-    pruned = _bundle(place, "pruned", decisive(recipe), prune, source, announce)
+    between = recipe.schedule.tune
+    folders = (recipe.calibration.images, between.images if between else None)
+    made_by = {**decisive(recipe), **_contents(*folders)}
+    pruned = _bundle(place, "pruned", made_by, prune, source, announce)
     if not (settings := recipe.tune):
         place.drop("tuned")
         return pruned
 
     from sdcompress.tuning import tune
 
-    asked = settings.model_dump(mode="json")
+    asked = {**settings.model_dump(mode="json"), **_contents(settings.images)}
     checkpoints = place.path / f".tuning-{_key('tuned', settings.decides(), pruned)[:16]}"
     place.drop_checkpoints(keep=checkpoints)
 
@@ -339,6 +342,13 @@ def _sparse_weights(
         )
 
     return _bundle(place, "tuned", asked, make, pruned, announce)
+
+
+def _contents(*folders: str | None) -> dict[str, str]:
+    """What lies in the folders that a recipe names: a name stays while its files change."""
+    from sdcompress.evaluation.files import content
+
+    return {name: content(Path(name)) for name in folders if name and Path(name).is_dir()}
 
 
 def _onnx(
