@@ -74,15 +74,11 @@ def fits(pattern: Pattern, shape: tuple[int, ...]) -> str | None:
     return f"{shape[REDUCTION_AXIS]} input channels are not divisible by {pattern.m}"
 
 
-def planned_zeros(
-    pattern: Pattern, shape: tuple[int, ...], sparsity: float, compare: Compare
-) -> int:
+def planned_zeros(pattern: Pattern, shape: tuple[int, ...], sparsity: float) -> int:
     """How many zeros `keep_mask` leaves in a weight of this shape."""
     numel = math.prod(shape)
     if pattern.n is not None and pattern.m is not None:
         return numel // pattern.m * (pattern.m - pattern.n)
-    if compare == "row":
-        return shape[0] * zeros_for(sparsity, numel // shape[0])
     return zeros_for(sparsity, numel)
 
 
@@ -90,14 +86,17 @@ def keep_mask(scores: Tensor, pattern: Pattern, zeros: int, compare: Compare) ->
     """The boolean mask of weights to keep, shaped like `scores` ([out, in] or [K, C, R, S]).
 
     Exactly `zeros` weights go, those with the lowest scores in their comparison group (the whole
-    tensor, each output row, or each group of M along the reduction axis). Among equal scores the
-    lower index goes first.
+    tensor, each output row, or each group of M along the reduction axis). Every row gives the same
+    share, to within one weight. Among equal scores the lower index goes first.
     """
     if pattern.n is not None and pattern.m is not None:
         return _keep_n_of_m(scores, pattern.n, pattern.m)
     if compare == "row":
+        import torch
+
         rows = scores.reshape(scores.shape[0], -1)
-        return _drop_lowest(rows, zeros // rows.shape[0]).reshape(scores.shape)
+        ends = torch.arange(len(rows) + 1, device=rows.device) * zeros // len(rows)
+        return _drop_lowest(rows, ends.diff()[:, None]).reshape(scores.shape)
     return Threshold.find([scores], zeros).keep(scores)
 
 
@@ -139,13 +138,16 @@ def from_columns(columns: Tensor, shape: tuple[int, ...]) -> Tensor:
     return columns.reshape(rows, *kernel, channels).movedim(-1, REDUCTION_AXIS)
 
 
-def _drop_lowest(scores: Tensor, zeros: int) -> Tensor:
-    """Drop the `zeros` lowest along the last axis of `scores`."""
+def _drop_lowest(scores: Tensor, zeros: int | Tensor) -> Tensor:
+    """Drop the `zeros` lowest along the last axis of `scores`: one number, or one for each line."""
     import torch
 
     order = torch.argsort(scores, dim=-1, stable=True)
-    keep = torch.ones_like(scores, dtype=torch.bool)
-    return keep.scatter_(-1, order[..., :zeros], False)
+    if isinstance(zeros, int):
+        keep = torch.ones_like(scores, dtype=torch.bool)
+        return keep.scatter_(-1, order[..., :zeros], False)
+    stays = torch.arange(scores.shape[-1], device=scores.device) >= zeros
+    return torch.empty_like(stays).scatter_(-1, order, stays)
 
 
 class Select:

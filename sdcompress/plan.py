@@ -158,9 +158,7 @@ def _plan_layer(
         axis=REDUCTION_AXIS,
         asked=asked,
         sparsity=asked if fixed else BY_ALLOCATION,
-        zeros=planned_zeros(pattern, layer.shape, asked, compare[rule.criterion])
-        if fixed
-        else None,
+        zeros=planned_zeros(pattern, layer.shape, asked) if fixed else None,
     )
 
 
@@ -242,18 +240,17 @@ def shortfalls(plan: SparsityPlan, recipe: Recipe) -> list[str]:
         pattern = parse_pattern(rule.pattern)
         asked = rule.sparsity if pattern.sparsity is None else pattern.sparsity
         assert asked is not None
-        compare = load_criterion(rule.criterion).compare
         if pattern.sparsity is None and recipe.prune[component].allocation != "uniform":
             wanted = zeros_for(asked, sum(p.numel for p in layers))
             if rule.max_sparsity < 1:
-                even = (planned_zeros(pattern, p.shape, asked, compare) for p in layers)
+                even = (planned_zeros(pattern, p.shape, asked) for p in layers)
                 wanted = min(wanted, sum(even))
             found = sum(p.zeros or 0 for p in layers)
             if found < wanted:
                 short.append(f"{component}, rule {index + 1} ({found:,} zeros, asked {wanted:,})")
             continue
         for layer in layers:
-            wanted = planned_zeros(pattern, layer.shape, asked, compare)
+            wanted = planned_zeros(pattern, layer.shape, asked)
             if (layer.zeros or 0) < wanted:
                 found = layer.zeros or 0
                 short.append(f"{component}/{layer.name} ({found:,} zeros, asked {wanted:,})")

@@ -71,8 +71,7 @@ def allocate(
 ) -> list[Group]:
     """Spread the sparsity of the pruned layers of one rule; each of them is in one group.
 
-    Layers of an N:M pattern have nothing to spread, and ask nothing of the evidence. Where scores
-    compete within rows, what a layer loses is a multiple of its rows.
+    Layers of an N:M pattern have nothing to spread, and ask nothing of the evidence.
 
     Raises:
         UsageError: the rule's limits leave no way to the sparsity it asks for.

@@ -35,10 +35,8 @@ def allocate(
 ) -> list[Group]:
     budget = Budget.of(layers, rule, evidence)
     levels = [
-        _levels(layer, least, most, step)
-        for layer, least, most, step in zip(
-            layers, budget.least, budget.most, budget.quanta, strict=True
-        )
+        _levels(layer, least, most)
+        for layer, least, most in zip(layers, budget.least, budget.most, strict=True)
     ]
     done, total = 0, sum(map(len, levels))
     compare = load_criterion(rule.criterion).compare
@@ -58,13 +56,13 @@ def allocate(
     return budget.settle(cheapest(curves, budget.total))
 
 
-def _levels(layer: LayerPlan, least: int, most: int, step: int) -> list[int]:
+def _levels(layer: LayerPlan, least: int, most: int) -> list[int]:
     """Where to measure: the fewest zeros; half the sparsity asked for, and all of it; half of the
     way from there to a layer of nothing but zeros, and three quarters, which is the most.
     """
     asked = layer.asked or 0.0
     sparsities = [asked / 2, asked, (asked + 1) / 2, (asked + 3) / 4]
-    counts = {round(s * layer.numel / step) * step for s in sparsities}
+    counts = {round(s * layer.numel) for s in sparsities}
     return sorted({least, *(min(max(count, least), most) for count in counts)})
 
 

@@ -168,7 +168,9 @@ def _free_memory() -> int:
 
     place = exact_device()
     if place.type == "cuda":
-        return torch.cuda.mem_get_info(place)[0]
+        free, _ = torch.cuda.mem_get_info(place)
+        # What torch keeps for its next tensors is not in use either.
+        return free + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
     return int(psutil.virtual_memory().available)
 
 

@@ -92,7 +92,8 @@ def record(calibrator: Calibrator, wanted: Wanted, progress: Counted) -> Statist
             for one in sums.values():
                 one.check()
     found: Statistics = {component: {} for component in wanted}
-    for (component, layer), one in sums.items():
+    for component, layer in list(sums):
+        one = sums.pop((component, layer))  # or all sums were there twice
         found[component][layer] = one.statistics(LEVELS * len(pictures.chosen))
     return found
 

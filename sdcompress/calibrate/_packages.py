@@ -38,10 +38,12 @@ def statistics_bytes(shape: tuple[int, ...], names: Collection[str], max_hessian
 
 
 def hessian_shape(shape: tuple[int, ...], max_hessian: int) -> tuple[int, ...]:
-    """[columns, columns], or [R·S, C, C] for a Conv [K, C, R, S] of more than `max_hessian`."""
+    """[columns, columns], or [R·S, C, C] for a Conv [K, C, R, S] of more than `max_hessian`, if it
+    has more than one position.
+    """
     channels, positions = shape[1], math.prod(shape[2:])
     columns = channels * positions
-    if len(shape) > 2 and columns > max_hessian:
+    if positions > 1 and columns > max_hessian:
         return (positions, channels, channels)
     return (columns, columns)
 

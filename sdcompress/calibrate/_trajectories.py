@@ -53,7 +53,8 @@ def record(calibrator: Calibrator, wanted: Wanted, progress: Counted) -> Statist
             for name, one in inputs.items():
                 one.check("/".join(name))
     found: Statistics = {component: {} for component in wanted}
-    for (component, layer), one in inputs.items():
+    for component, layer in list(inputs):
+        one = inputs.pop((component, layer))  # with its sums, which else were there twice
         found[component][layer] = one.statistics(wanted[component][layer])
     return found
 

@@ -28,7 +28,7 @@ from sdcompress.calibrate._packages import hessian_shape, packages, statistics_b
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.criteria import GRADIENTS, STATISTICS, load_criterion
 from sdcompress.errors import SdcompressError, UsageError
-from sdcompress.patterns import UNSTRUCTURED
+from sdcompress.patterns import UNSTRUCTURED, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
 from sdcompress.prune._decisions import Decisions, Progress
 from sdcompress.prune._write import read_finite, record_tensor, write_pruned
@@ -182,7 +182,8 @@ def _look(
     calibrator = None
     if measured or (statistics is None and (criteria or allocations)):
         calibrator = Calibrator(before or source, recipe.calibration)
-        if any(names & GRADIENTS for layers in criteria.values() for names in layers.values()):
+        gradients = (names & GRADIENTS for layers in criteria.values() for names in layers.values())
+        if statistics is None and any(gradients):
             calibrator.see(Calibrator(source, recipe.calibration) if before else calibrator)
     if statistics is None:
         told = partial(progress, "calibrating")
@@ -222,6 +223,7 @@ def _in_packages(
             if statistics := criteria.get(component, {}).get(name):
                 wanted[component][name] = statistics
         told = partial(progress, f"calibrating, package {number} of {len(parts)}")
+        decisions.statistics = {}  # those of the last package, before there are others
         decisions.statistics = calibrator.record(dict(wanted), progress=told) if wanted else {}
         for key in keys:
             decided[key] = decisions.decide(layers[key], decisions.read(layers[key]))
@@ -237,7 +239,11 @@ def _refuse_packages(recipe: Recipe, statistics: Statistics | None) -> None:
             "before cannot do; take 'packages: 1', or let every round calibrate anew"
         )
     for component, section in recipe.prune.items():
-        names = {rule.criterion for rule in section.rules if not rule.keep}
+        names = {
+            rule.criterion
+            for rule in section.rules
+            if not rule.keep and parse_pattern(rule.pattern) == UNSTRUCTURED
+        }
         if section.allocation == "global" and any(
             load_criterion(name).needs & STATISTICS for name in names
         ):

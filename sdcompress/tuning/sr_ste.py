@@ -16,7 +16,6 @@ from sdcompress.patterns import (
     Pattern,
     keep_mask,
     parse_pattern,
-    planned_zeros,
     violations,
 )
 from sdcompress.plan import LayerPlan
@@ -131,8 +130,6 @@ class _Layer:
         assert isinstance(module.weight, torch.Tensor)
         pattern, zeros = parse_pattern(plan.pattern), plan.zeros
         compare = load_criterion(plan.criterion).compare
-        if compare == "row":  # the plan counts also what was zero before, which no row shares out
-            zeros = planned_zeros(pattern, plan.shape, plan.asked, compare)
         with torch.no_grad():
             module.weight.copy_(torch.where(mask, module.weight, dense))
         parametrize.register_parametrization(module, "weight", straight_through(mask))

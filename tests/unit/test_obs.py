@@ -34,7 +34,7 @@ def _solve(
     refit: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = tuple(weight.shape)
-    zeros = planned_zeros(pattern, shape, sparsity, "tensor")
+    zeros = planned_zeros(pattern, shape, sparsity)
     return _obs.solve(weight, hessian, Select(pattern, shape, zeros, gone), refit=refit)
 
 
@@ -214,7 +214,7 @@ def test_counts_are_exact_and_what_was_gone_stays_gone(
     weight = torch.randn(shape, generator=generator)
     hessian = _correlated(weight[0].numel(), seed)
     pattern = Pattern(2, 4) if nm else UNSTRUCTURED
-    zeros = planned_zeros(pattern, shape, sparsity, "tensor")
+    zeros = planned_zeros(pattern, shape, sparsity)
     gone = None
     if again:  # half of what is to go went before
         earlier = Pattern(3, 4) if nm else UNSTRUCTURED

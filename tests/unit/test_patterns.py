@@ -25,6 +25,15 @@ from sdcompress.patterns import (
 TWO_OF_FOUR = Pattern(2, 4)
 
 
+def test_rows_share_what_does_not_divide() -> None:
+    scores = torch.arange(12.0).reshape(3, 4).flip(1)
+    assert keep_mask(scores, UNSTRUCTURED, 5, "row").int().tolist() == [
+        [1, 1, 1, 0],  # 5 / 3, carried over: 1, 2, 2
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+    ]
+
+
 def test_unstructured_drops_the_lowest_of_the_whole_tensor() -> None:
     scores = torch.tensor([[1.0, 8.0, 3.0, 6.0], [5.0, 4.0, 7.0, 2.0]])
     keep = keep_mask(scores, UNSTRUCTURED, 4, "tensor")
@@ -110,7 +119,7 @@ def test_any_n_of_m(m: int) -> None:
     weight = torch.randn(3, m * 2, 2, 2)
     for n in range(1, m + 1):
         pattern = Pattern(n, m)
-        zeros = planned_zeros(pattern, tuple(weight.shape), 0.0, "tensor")
+        zeros = planned_zeros(pattern, tuple(weight.shape), 0.0)
         keep = keep_mask(weight.abs(), pattern, zeros, "tensor")
         assert int((~keep).sum()) == zeros == weight.numel() * (m - n) // m
         assert violations(weight * keep, pattern) == 0

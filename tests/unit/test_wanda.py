@@ -20,7 +20,7 @@ def test_a_linear_by_hand() -> None:
     scores = _score(weight, torch.tensor([[64.0, 9.0, 4.0, 1.0]], dtype=torch.float64))
     assert scores.tolist() == [[8, 6, 6, 4], [64, 21, 12, 5]]
     # Half of each row goes; of the two equal scores the first.
-    zeros = planned_zeros(UNSTRUCTURED, (2, 4), 0.5, WANDA.compare)
+    zeros = planned_zeros(UNSTRUCTURED, (2, 4), 0.5)
     mask = keep_mask(scores, UNSTRUCTURED, zeros, WANDA.compare)
     assert mask.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 0]]
 
@@ -32,7 +32,7 @@ def test_a_conv_by_hand() -> None:
     sq_norm = torch.arange(1.0, 19).reshape(1, 2, 3, 3) ** 2
     scores = _score(weight, sq_norm.double())
     assert scores[1, 1].tolist() == [[1000, 1100, 1200], [1300, 1400, 1500], [1600, 1700, 1800]]
-    zeros = planned_zeros(UNSTRUCTURED, (2, 2, 3, 3), 0.5, WANDA.compare)
+    zeros = planned_zeros(UNSTRUCTURED, (2, 2, 3, 3), 0.5)
     mask = keep_mask(scores, UNSTRUCTURED, zeros, WANDA.compare)
     assert mask.int().tolist() == [[[[0] * 3] * 3, [[1] * 3] * 3]] * 2
 
@@ -52,7 +52,7 @@ def test_equal_norms_leave_magnitude_within_the_row() -> None:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         sq_norm = torch.full((1, *shape[1:]), 3.7, dtype=torch.float64)
         for pattern in (UNSTRUCTURED, Pattern(2, 4)):
-            zeros = planned_zeros(pattern, shape, 0.4, "row")
+            zeros = planned_zeros(pattern, shape, 0.4)
             one = keep_mask(_score(weight, sq_norm), pattern, zeros, "row")
             other = keep_mask(magnitude(weight, LayerStats()), pattern, zeros, "row")
             assert torch.equal(one, other)
