@@ -95,8 +95,10 @@ def keep_mask(scores: Tensor, pattern: Pattern, zeros: int, compare: Compare) ->
         import torch
 
         rows = scores.reshape(scores.shape[0], -1)
-        ends = torch.arange(len(rows) + 1, device=rows.device) * zeros // len(rows)
-        return _drop_lowest(rows, ends.diff()[:, None]).reshape(scores.shape)
+        each, more = divmod(zeros, len(rows))
+        # Where more go in a later round, no row may give less.
+        shares = each + (torch.arange(len(rows), device=rows.device) >= len(rows) - more).long()
+        return _drop_lowest(rows, shares[:, None]).reshape(scores.shape)
     return Threshold.find([scores], zeros).keep(scores)
 
 
@@ -189,12 +191,7 @@ class Select:
         zeros = 0
         if self._pattern.m is None:
             if not self._before:
-                import torch
-
-                # Row after row; what is left over, a part of a row, is spread over the columns by
-                # multiples of the golden ratio.
-                rows, columns = (torch.arange(n, device=scores.device) for n in self._shape)
-                self._share_out(rows[:, None] + (columns * 0.61803398875) % 1)
+                self._share_evenly()
             zeros = self._before[first + scores.shape[1]] - self._before[first]
         # What is gone stays so even where there were to be fewer zeros.
         return keep_mask(scores, self._pattern, zeros, "tensor") & (scores > -math.inf)
@@ -202,6 +199,17 @@ class Select:
     def _share_out(self, scores: Tensor) -> None:
         dropped = ~keep_mask(self._without_gone(scores, 0), UNSTRUCTURED, self._zeros, "tensor")
         self._before = [0, *dropped.sum(0).cumsum(0).tolist()]
+
+    def _share_evenly(self) -> None:
+        import torch
+
+        count = self._shape[1]
+        before = torch.arange(count + 1) * self._zeros // count
+        if self._gone is not None:
+            gone = torch.cat([torch.zeros(1, dtype=torch.int64), self._gone.sum(0).cumsum(0).cpu()])
+            # Where more than its share is gone, the columns to its right give less for it.
+            before = gone + (before - gone).cummax(0).values.clamp(max=self._zeros - int(gone[-1]))
+        self._before = before.tolist()
 
     def _without_gone(self, scores: Tensor, first: int) -> Tensor:
         if self._gone is None:

@@ -6,8 +6,9 @@ all that makes one output, a column all that one input goes to, and x that input
 that are zero throughout score zero.
 
 Weight [out, in], ‖x‖² [1, in]; of a Conv weight [K, C, R, S] a row is [C, R, S] and a column the K
-outputs at one (c, r, s), with ‖x‖² [1, C, R, S]. The scores compete within each row. Costs what
-wanda costs: one pass of the calibration prompts, and a sum of the size of one row.
+outputs at one (c, r, s), with ‖x‖² [1, C, R, S]. Shares make rows comparable, so the whole layer
+competes. Costs what wanda costs: one pass of the calibration prompts, and a sum of the size of one
+row.
 """
 
 from __future__ import annotations
@@ -35,4 +36,4 @@ def _nonzero(total: Tensor) -> Tensor:
     return total.masked_fill(total == 0, 1)
 
 
-CRITERION = Criterion(needs=frozenset({"input_sq_norm"}), compare="row", score=score)
+CRITERION = Criterion(needs=frozenset({"input_sq_norm"}), score=score)

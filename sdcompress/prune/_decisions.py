@@ -70,6 +70,7 @@ class Decisions:
                 else:
                     threshold = Threshold.find(_Scores(self, group), group.zeros)
                     self._thresholds |= {(component, p.name): threshold for p in group.layers}
+        self._loss = None  # and with it a model
 
     def decide(self, layer: LayerPlan, weight: Tensor) -> Tensor:
         """The layer's weight, in its own dtype, with zeros where it is pruned. Once for each layer:

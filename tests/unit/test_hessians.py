@@ -92,6 +92,8 @@ def test_a_large_conv_has_one_block_for_each_position() -> None:
         part = slice(4 * position, 4 * position + 4)
         torch.testing.assert_close(block, whole[part, part], rtol=1e-5, atol=1e-5)
     assert _hessian(nn.Linear(40, 2), torch.ones(1, 40), max_hessian=35).shape == (40, 40)
+    one = _hessian(nn.Conv2d(4, 6, 1), batch, max_hessian=3)
+    assert one.shape == (4, 4), "a kernel of one position has nothing to cut"
 
 
 def test_steps_weigh_less_and_less() -> None:

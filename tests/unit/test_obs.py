@@ -182,11 +182,29 @@ def test_as_published_every_block_of_128_columns_gives_its_share() -> None:
     weight = torch.randn(4, 320, generator=torch.Generator().manual_seed(7))
     weight[:, :128] *= 1e-3  # all of them would go, if the blocks competed
     mask, _ = _solve(weight, torch.eye(320).double(), UNSTRUCTURED, 0.55, refit=False)
-    zeros = [int((~block).sum()) for block in mask.split(128, 1)]
+    zeros = [int((~block).sum()) for block in torch.split(mask, 128, 1)]
     assert sum(zeros) == 704
     assert zeros == pytest.approx([281.6, 281.6, 140.8], abs=1)  # 55 % of each
     mask, _ = _solve(weight, torch.eye(320).double(), UNSTRUCTURED, 0.55)
     assert not mask[:, :128].any()
+
+
+def test_every_block_gives_its_share_in_a_later_round_too() -> None:
+    gone = torch.zeros(8, 256, dtype=torch.bool)
+    gone[:2, :128] = gone[6:, 128:] = True  # where in the columns they are gone, does not matter
+    select = Select(UNSTRUCTURED, (8, 256), 1024, gone)
+    kept = [select(torch.rand(8, 128), first) for first in (0, 128)]
+    assert [int((~keep).sum()) for keep in kept] == [512, 512]
+    assert not (torch.cat(kept, 1) & gone).any()
+
+
+def test_a_block_that_has_lost_more_than_its_share_leaves_less_to_others() -> None:
+    gone = torch.zeros(8, 384, dtype=torch.bool)
+    gone[:, :128] = gone[0, 256:] = True
+    select = Select(UNSTRUCTURED, (8, 384), 1200, gone)
+    kept = [select(torch.rand(8, 128), first) for first in (0, 128, 256)]
+    assert [int((~keep).sum()) for keep in kept] == [1024, 0, 176]
+    assert not (torch.cat(kept, 1) & gone).any()
 
 
 def test_the_refit_errs_less() -> None:

@@ -28,10 +28,20 @@ TWO_OF_FOUR = Pattern(2, 4)
 def test_rows_share_what_does_not_divide() -> None:
     scores = torch.arange(12.0).reshape(3, 4).flip(1)
     assert keep_mask(scores, UNSTRUCTURED, 5, "row").int().tolist() == [
-        [1, 1, 1, 0],  # 5 / 3, carried over: 1, 2, 2
+        [1, 1, 1, 0],  # 5 = 1 + 2 + 2
         [1, 1, 0, 0],
         [1, 1, 0, 0],
     ]
+
+
+def test_rows_give_no_less_where_more_go() -> None:
+    scores = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    dropped = torch.zeros(5, 4, dtype=torch.bool)
+    for zeros in range(21):
+        now = ~keep_mask(scores, UNSTRUCTURED, zeros, "row")
+        assert int(now.sum()) == zeros
+        assert not bool((dropped & ~now).any())
+        dropped = now
 
 
 def test_unstructured_drops_the_lowest_of_the_whole_tensor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import sdcompress.calibrate as calibrate_module
 from sdcompress.bundle import Bundle
 from sdcompress.calibrate import Calibrator
+from sdcompress.calibrate._inputs import Inputs
 from sdcompress.calibrate._packages import packages, statistics_bytes
 from sdcompress.criteria import Criterion, LayerStats, load_criterion
 from sdcompress.errors import InputError, UsageError
@@ -135,6 +137,39 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
         prune(tiny_source, recipe, tmp_path / "p")
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_nm_has_no_global_threshold_that_packages_could_not_have(
+    tiny_source: Bundle, tmp_path: Path
+) -> None:
+    section = {"allocation": "global"}
+    bundle = prune(tiny_source, _recipe(RULE, section, packages=2), tmp_path / "p")
+    assert bundle.manifest.plan
+    assert all(p.zeros == p.numel // 2 for p in bundle.manifest.plan.of("unet") if p.pruned)
+
+
+def test_statistics_are_never_there_twice(
+    tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, alive = Inputs.statistics, list[int]()
+
+    def statistics(one: Inputs, names: frozenset[str]) -> dict[str, torch.Tensor]:
+        alive.append(sum(other() is not None for other in made))
+        return taken(one, names)
+
+    made = list[weakref.ref[Inputs]]()
+    add = Inputs.add
+
+    def note(one: Inputs, *args: Any) -> None:
+        if not any(other() is one for other in made):
+            made.append(weakref.ref(one))
+        add(one, *args)
+
+    monkeypatch.setattr(Inputs, "statistics", statistics)
+    monkeypatch.setattr(Inputs, "add", note)
+    record(tiny_source, _recipe())
+    assert alive[0] == len(made) > 3
+    assert alive[-1] <= 2, "what has been taken is let go of"
 
 
 def test_packages_cannot_use_statistics_of_before(tiny_source: Bundle, tmp_path: Path) -> None:
