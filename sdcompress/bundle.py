@@ -318,9 +318,15 @@ def _relative_files(directory: Path) -> Iterator[str]:
 
 
 def refuse_existing(target: Path) -> None:
-    """InputError where something is in the place of an output; asked before slow work."""
+    """InputError where an output cannot be put; asked before slow work."""
     if target.exists():
         raise _taken(target)
+    there = next((place for place in target.resolve().parents if place.exists()), None)
+    if there and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(
+            f"{target}: cannot be created, {there} is not a folder that can be written to; choose "
+            "another --output"
+        )
 
 
 def _taken(target: Path) -> InputError:

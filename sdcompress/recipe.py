@@ -68,6 +68,11 @@ class Rule(_Part):
                 f"pattern {self.pattern} gives every layer the same sparsity; leave "
                 "'min_sparsity' and 'max_sparsity' out"
             )
+        if self.min_sparsity > self.max_sparsity:
+            raise ValueError(
+                f"expected a min_sparsity of no more than max_sparsity, found "
+                f"{self.min_sparsity:g} and {self.max_sparsity:g}"
+            )
         asked = self.sparsity if fixed is None else fixed
         if asked is not None and not self.min_sparsity <= asked <= self.max_sparsity:
             raise ValueError(
@@ -119,7 +124,7 @@ class Calibration(_Part):
     """
 
     prompts: tuple[str, ...] = ()
-    count: int = Field(default=128, ge=1)
+    count: int = Field(default=128, ge=1, le=100_000)
     seed: int = 0
     steps: int | None = Field(default=None, ge=1, le=1000)
     guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)

@@ -33,11 +33,12 @@ from sdcompress.bundle import (
     write_json,
 )
 from sdcompress.calibrate import is_main_process, on_main_process
-from sdcompress.catalog import read_catalog
+from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.errors import InputError, UsageError, VerificationError
 from sdcompress.evaluation.files import content
 from sdcompress.patterns import parse_pattern
 from sdcompress.plan import SparsityPlan, account, make_plan
+from sdcompress.prune import check as check_once
 from sdcompress.prune import decisive, prune, record
 from sdcompress.recipe import Recipe, Rule, Schedule, Tune
 
@@ -87,13 +88,27 @@ def prune_in_rounds(
 
 
 def check(source: Bundle, recipe: Recipe) -> SparsityPlan:
-    """What the last round will prune; what can be known before slow work is found out here.
+    """`check_recipe`, and that the source is one that tuning between rounds can learn from."""
+    plan = check_recipe(recipe, read_catalog(source.path))
+    if recipe.schedule.tune:
+        if source.manifest.plan is not None:
+            raise UsageError(
+                f"{source.path}: expected a dense model, which tuning between rounds learns from, "
+                f"found a {source.manifest.stage} bundle; prune the model it was made from"
+            )
+        tuning.check(plan, recipe.schedule.tune)
+    return plan
+
+
+def check_recipe(recipe: Recipe, catalog: Catalog) -> SparsityPlan:
+    """What the last round will prune; what can be known without weights is found out here.
 
     Raises:
         UsageError: schedule, rules and model do not fit together.
+        InputError: see `prune.check`.
     """
-    schedule, catalog = recipe.schedule, read_catalog(source.path)
-    plan = make_plan(recipe, catalog)
+    schedule = recipe.schedule
+    plan = check_once(recipe, catalog)
     if schedule.rounds == 1:
         given = schedule.model_dump(exclude_defaults=True, exclude={"rounds"})
         if given:
@@ -118,14 +133,16 @@ def check(source: Bundle, recipe: Recipe) -> SparsityPlan:
         )
     for number in range(1, schedule.rounds):
         make_plan(round_recipe(recipe, number), catalog)
-    if schedule.tune:
-        if source.manifest.plan is not None:
-            raise UsageError(
-                f"{source.path}: expected a dense model, which tuning between rounds learns from, "
-                f"found a {source.manifest.stage} bundle; prune the model it was made from"
-            )
-        tuning.check(plan, schedule.tune)
     return plan
+
+
+def asked_in_rounds(recipe: Recipe, catalog: Catalog) -> list[float]:
+    """What each round asks of the components pruned, over all their parameters; [] if only one."""
+    if recipe.schedule.rounds == 1:
+        return []
+    numbers = range(1, recipe.schedule.rounds + 1)
+    plans = (make_plan(round_recipe(recipe, number), catalog) for number in numbers)
+    return [account(plan).together.asked for plan in plans]
 
 
 def cubic(initial: float, final: float, part: float) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sdcompress.calibrate._hessians import NAMES as HESSIANS
 from sdcompress.calibrate._hessians import step_weight
 from sdcompress.calibrate._inputs import Inputs
-from sdcompress.calibrate._layers import find_module, unused
+from sdcompress.calibrate._layers import find_module
 from sdcompress.errors import InputError
 from sdcompress.evaluation.images import initial_latents
 from sdcompress.evaluation.processes import processes
@@ -26,7 +26,10 @@ _UNPAINTED = ("encoder.", "quant_conv.")  # of the VAE: painting only decodes
 def check(wanted: Wanted) -> None:
     """Raise InputError for layers that no painting uses; it needs no model."""
     if never := [layer for layer in wanted.get("vae", ()) if layer.startswith(_UNPAINTED)]:
-        raise unused(f"vae/{never[0]}")
+        raise InputError(
+            f"vae/{never[0]}: expected layers that painting uses, found one of the VAE's encoder; "
+            "name 'decoder.*' in the rule, or take a criterion and an allocation without prompts"
+        )
 
 
 def record(calibrator: Calibrator, wanted: Wanted, progress: Counted) -> Statistics:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Output(BaseModel):
     """`plan --json`; `sparse_candidates` and `warnings` speak of the target, if there is one.
 
-    `gates` is null where the recipe sets no limits.
+    `gates` is null where the recipe sets no limits. `rounds` is what each of several rounds asks
+    of the components pruned, as a fraction of all their parameters.
     """
 
     recipe: str
@@ -28,6 +29,7 @@ class Output(BaseModel):
     warnings: tuple[str, ...] = ()
     sparse_candidates: SparseCandidates | None = None
     gates: Gates | None = None
+    rounds: list[float] = []
     accounting: Accounting
     plan: SparsityPlan
 
@@ -64,8 +66,9 @@ def command(
     from sdcompress.allocation import foresee
     from sdcompress.catalog import read_catalog
     from sdcompress.models.sources import resolve
-    from sdcompress.plan import account, make_plan
+    from sdcompress.plan import account
     from sdcompress.recipe import load_recipe, model_of
+    from sdcompress.rounds import asked_in_rounds, check_recipe
 
     loaded = load_recipe(recipe)
     name = model_of(loaded, model)
@@ -74,11 +77,13 @@ def command(
     if device:
         check_backend(device, loaded.engine.backend)
     directory = resolve(name, **how).directory
-    made = foresee(make_plan(loaded, read_catalog(directory)), loaded)
+    catalog = read_catalog(directory)
+    made = foresee(check_recipe(loaded, catalog), loaded)
     output = Output(
         recipe=loaded.name,
         model=name,
         gates=loaded.gates if loaded.gates != Gates() else None,
+        rounds=asked_in_rounds(loaded, catalog),
         accounting=account(made),
         plan=made,
     )
@@ -124,6 +129,9 @@ def _show(console: Console, output: Output, show_all: bool) -> None:
             "does not name (--all lists them)"
         )
     console.print(accounting_table(output.accounting))
+    if output.rounds:
+        steps = ", ".join(f"{asked:.1%}" for asked in output.rounds)
+        console.print(f"in {len(output.rounds)} rounds, which ask for {steps} together")
     if (candidates := output.sparse_candidates) and candidates.of:
         console.print(
             f"{output.target}: {candidates.large_enough} of {candidates.of} 2:4 layers are large "

@@ -50,17 +50,20 @@ class Output(BaseModel):
 @click.option(
     "--images",
     type=click.Path(exists=True, file_okay=False),
-    help="Take gradients on the pictures and captions in this folder.",
+    help="Take gradients (taylor, snip, fisher) on the pictures of this folder; metadata.jsonl has "
+    "their captions.",
 )
 @click.option(
     "--packages",
     type=click.IntRange(min=1),
-    help="Calibrate and prune the layers in so many parts: more passes, less memory.",
+    help="Calibrate and prune the layers in so many parts, each on what became of those before: "
+    "more passes, less memory.  [default: the recipe's, else 1]",
 )
 @click.option(
     "--max-hessian",
     type=click.IntRange(min=1),
-    help="Columns a Conv's Hessian may have; above, each kernel position has one of its own.",
+    help="Columns that a Conv's Hessian may have (sparsegpt, obs_diff, obs_refit); above, each "
+    "kernel position has one of its own.  [default: the recipe's, else 8192]",
 )
 @click.option(
     "--rounds",
@@ -70,7 +73,7 @@ class Output(BaseModel):
 @click.option(
     "--tune-steps",
     type=click.IntRange(min=1),
-    help="Tune for so many steps between rounds, otherwise as the recipe says.",
+    help="With --rounds: tune for so many steps between rounds, otherwise as the recipe says.",
 )
 @click.option("--fresh", is_flag=True, help="Begin anew, whatever earlier rounds have left.")
 @output_option

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdcompress import calibrate
 from sdcompress.allocation import needs
 from sdcompress.bundle import (
     Bundle,
@@ -23,7 +24,7 @@ from sdcompress.bundle import (
     staging,
     tool_versions,
 )
-from sdcompress.calibrate import Calibrator, Statistics, check, complete, on_main_process
+from sdcompress.calibrate import Calibrator, Statistics, complete, on_main_process
 from sdcompress.calibrate._packages import hessian_shape, packages, statistics_bytes
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.criteria import GRADIENTS, STATISTICS, load_criterion
@@ -37,7 +38,7 @@ from sdcompress.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["decisive", "notes", "prune", "read_finite", "record", "record_tensor"]
+__all__ = ["check", "decisive", "notes", "prune", "read_finite", "record", "record_tensor"]
 
 DECIDES = {"name", "seed", "prune"}  # the parts of a recipe that a pruned bundle depends on
 Wanted = dict[str, dict[str, frozenset[str]]]  # component → layer → statistics
@@ -71,8 +72,7 @@ def prune(
     """
     model = before or source
     catalog = read_catalog(model.path)
-    plan = make_plan(recipe, catalog)
-    check(_merged(*_wanted(plan, recipe)), recipe.calibration)
+    plan = check(recipe, catalog)
     if not replace:
         refuse_existing(out)
     if "calibration" in decisive(recipe):
@@ -115,6 +115,22 @@ def prune(
     return Bundle.open(out)
 
 
+def check(recipe: Recipe, catalog: Catalog) -> SparsityPlan:
+    """The plan, where all that can be refused without weights is.
+
+    Raises:
+        UsageError: the recipe does not fit the model.
+        InputError: the model does not use a layer that has to be seen at work, or the folder of
+            pictures is no such.
+    """
+    plan = make_plan(recipe, catalog)
+    wanted = _wanted(plan, recipe)
+    calibrate.check(_merged(*wanted), recipe.calibration)
+    if wanted[0] and recipe.calibration.packages > 1:
+        _refuse_packages(recipe)
+    return plan
+
+
 def record(source: Bundle, recipe: Recipe, *, progress: Progress = _silent) -> Statistics:
     """The statistics that pruning by this recipe needs, all at once; {} where it needs none."""
     wanted = _merged(*_wanted(make_plan(recipe, read_catalog(source.path)), recipe))
@@ -155,8 +171,8 @@ def notes(manifest: Manifest) -> list[str]:
         said.append(f"pruned in {len(rounds)} rounds{tuned}: {steps}")
     if blocks := manifest.details.get("hessian_per_position", []):
         said.append(
-            f"{len(blocks)} layers (such as {blocks[0]}) have more columns than max_hessian: every "
-            "position of their kernels has a Hessian of its own, which knows less"
+            f"{len(blocks)} layers (such as {blocks[0]}) have more columns than max_hessian: each "
+            "kernel position has a Hessian of its own, which is a little less exact"
         )
     return said
 
@@ -175,8 +191,11 @@ def _look(
     """
     criteria, allocations = _wanted(plan, recipe)
     several = bool(criteria) and recipe.calibration.packages > 1
-    if several:
-        _refuse_packages(recipe, statistics)
+    if several and statistics is not None:
+        raise UsageError(
+            "calibration: packages are calibrated one after the other, which statistics recorded "
+            "before cannot do; take 'packages: 1', or let every round calibrate anew"
+        )
     first = allocations if several else _merged(criteria, allocations)
     measured = any("loss" in needs(section.allocation) for section in recipe.prune.values())
     calibrator = None
@@ -231,13 +250,8 @@ def _in_packages(
     return decided
 
 
-def _refuse_packages(recipe: Recipe, statistics: Statistics | None) -> None:
+def _refuse_packages(recipe: Recipe) -> None:
     """Raises UsageError where packages cannot do what is asked."""
-    if statistics is not None:
-        raise UsageError(
-            "calibration: packages are calibrated one after the other, which statistics recorded "
-            "before cannot do; take 'packages: 1', or let every round calibrate anew"
-        )
     for component, section in recipe.prune.items():
         names = {
             rule.criterion

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sdcompress.bundle import MANIFEST, Bundle, link_or_copy, staging, write_text
+from sdcompress.bundle import (
+    MANIFEST,
+    Bundle,
+    link_or_copy,
+    refuse_existing,
+    staging,
+    write_text,
+)
 from sdcompress.errors import InputError, VerificationError
 
 
@@ -64,6 +71,19 @@ def test_staging_is_all_or_nothing(tmp_path: Path) -> None:
         (work / "new").write_text("y")
     assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_is_refused_before_slow_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_existing(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is not a folder that can be written to"):
+        refuse_existing(tmp_path / "file" / "out")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(InputError, match="out: cannot be created, .* choose another --output"):
+        refuse_existing(tmp_path / "out")
 
 
 def test_staging_keeps_the_old_one_on_failure(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_the_decoder_of_the_vae_can_be_recorded_and_its_encoder_not(
     found = collect(tiny_source, {"vae": {name: frozenset({"input_mean"})}}, asked)
     assert found["vae"][name]["input_mean"].shape == (1, 4, 3, 3)
     monkeypatch.setattr(calibrate, "load_pipeline", None)  # known before anything slow
-    with pytest.raises(InputError, match=r"vae/encoder.conv_in.weight: expected activations"):
+    with pytest.raises(InputError, match=r"vae/encoder.conv_in.weight: expected layers that paint"):
         collect(tiny_source, {"vae": {"encoder.conv_in.weight": MOMENTS}}, asked)
 
 

@@ -66,6 +66,10 @@ def test_the_issue_asks_for_these_recipes() -> None:
             f"name: a\n{RULE % '{sparsity: 0.5, min_sparsity: 0.6}'}",
             "from min_sparsity to max_sparsity \\(0.6 to 1\\), found 0.5; layers",
         ),
+        (
+            f"name: a\n{RULE % '{sparsity: 0.5, min_sparsity: 0.6, max_sparsity: 0.4}'}",
+            "expected a min_sparsity of no more than max_sparsity, found 0.6 and 0.4",
+        ),
         (f"name: a\n{RULE % '{sparsity: 0.5, max_sparsity: 2}'}", "expected 1 or less, found 2$"),
         (
             f"name: a\n{RULE % '{pattern: 2:4, max_sparsity: 0.6}'}",

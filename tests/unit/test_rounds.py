@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from export.run import Workspace, _sparse_weights
 from sdcompress.bundle import Bundle, locked
+from sdcompress.commands.plan import command as plan
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.quality import QualitySettings
 from sdcompress.patterns import parse_pattern, violations
@@ -364,3 +366,29 @@ def test_a_point_that_was_killed_later_is_not_pruned_again(
     made = _made(tiny_source, recipe, tmp_path)
     monkeypatch.setattr("sdcompress.rounds.prune_in_rounds", None)
     assert _made(tiny_source, recipe, tmp_path).digest == made.digest
+
+
+def test_the_plan_tells_what_each_round_asks(
+    tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_sd.parent / "rounds.yaml"
+    rule = {"layers": "*", "scope": "linear", "sparsity": 0.8}
+    given = make(rule, schedule={"rounds": 2}).model_dump(mode="json", include={"name", "prune"})
+    recipe.write_text(json.dumps({**given, "schedule": {"rounds": 2}}))
+    plan(["--model", str(tiny_sd), "--json", str(recipe)], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["rounds"] == pytest.approx([0.7, 0.8])
+    plan(["--model", str(tiny_sd), str(recipe)], standalone_mode=False)
+    assert "in 2 rounds, which ask for 70.0%, 80.0% together" in capsys.readouterr().out
+
+
+def test_the_plan_refuses_what_prune_would(tiny_sd: Path) -> None:
+    recipe = tiny_sd.parent / "refused.yaml"
+    for more, message in (
+        ({"schedule": {"recalibrate": False}}, "is about several rounds"),
+        ({"schedule": {"rounds": 2, "initial": 0.9}}, "'initial' to be no more"),
+        ({"prune": {"vae": {"rules": [{"criterion": "snip", "sparsity": 0.1}]}}}, "without grad"),
+    ):
+        given = make({"sparsity": 0.8}).model_dump(mode="json", include={"name", "prune"})
+        recipe.write_text(json.dumps({**given, **more}))
+        with pytest.raises(UsageError, match=message):
+            plan(["--model", str(tiny_sd), str(recipe)], standalone_mode=False)
