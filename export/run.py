@@ -44,6 +44,7 @@ from sdcompress.bundle import (
     write_text,
 )
 from sdcompress.errors import InputError, UsageError, VerificationError
+from sdcompress.evaluation.files import contents
 from sdcompress.recipe import Recipe
 from sdcompress.report import picture_quality, write_report
 from sdcompress.results import Results
@@ -318,7 +319,7 @@ def _sparse_weights(
 
     between = recipe.schedule.tune
     folders = (recipe.calibration.images, between.images if between else None)
-    made_by = {**decisive(recipe), **_contents(*folders)}
+    made_by = {**decisive(recipe), **contents(*folders)}
     pruned = _bundle(place, "pruned", made_by, prune, source, announce)
     if not (settings := recipe.tune):
         place.drop("tuned")
@@ -326,7 +327,7 @@ def _sparse_weights(
 
     from sdcompress.tuning import tune
 
-    asked = {**settings.model_dump(mode="json"), **_contents(settings.images)}
+    asked = {**settings.model_dump(mode="json"), **contents(settings.images)}
     checkpoints = place.path / f".tuning-{_key('tuned', settings.decides(), pruned)[:16]}"
     place.drop_checkpoints(keep=checkpoints)
 
@@ -342,13 +343,6 @@ def _sparse_weights(
         )
 
     return _bundle(place, "tuned", asked, make, pruned, announce)
-
-
-def _contents(*folders: str | None) -> dict[str, str]:
-    """What lies in the folders that a recipe names: a name stays while its files change."""
-    from sdcompress.evaluation.files import content
-
-    return {name: content(Path(name)) for name in folders if name and Path(name).is_dir()}
 
 
 def _onnx(

@@ -223,7 +223,7 @@ def _steps(source: Bundle, recipe: Recipe) -> list[_Step]:
         key = _key(key, decisive(asked), _files(asked.calibration.images))
         steps.append(_Step(number, asked, key))
         if schedule.tune and number < schedule.rounds:
-            key = _key(key, schedule.tune.decides(), _files(schedule.tune.images))
+            key = _key(key, schedule.tune.model_dump(mode="json"), _files(schedule.tune.images))
             steps.append(_Step(number, schedule.tune, key))
     return steps
 

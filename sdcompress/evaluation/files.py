@@ -18,6 +18,12 @@ def content(place: Path) -> str:
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
+def contents(*names: str | None) -> dict[str, str]:
+    """`content` by name, of the places that are there."""
+    places = {name: Path(name).expanduser() for name in names if name}
+    return {name: content(place) for name, place in places.items() if place.exists()}
+
+
 def _of_file(file: Path) -> str:
     found = file.stat()
     return _read(file, found.st_size, found.st_mtime_ns)

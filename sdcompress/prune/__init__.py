@@ -148,11 +148,11 @@ def decisive(recipe: Recipe) -> dict[str, Any]:
     """
     parts = set(DECIDES)
     if any(
-        needs(section.allocation) or load_criterion(rule.criterion).needs & STATISTICS
+        load_criterion(rule.criterion).needs & STATISTICS
         for section in recipe.prune.values()
         for rule in section.rules
         if not rule.keep
-    ):
+    ) or _allocation_needs(recipe):
         parts.add("calibration")
     if recipe.schedule.rounds > 1:
         parts.add("schedule")
@@ -197,7 +197,7 @@ def _look(
             "before cannot do; take 'packages: 1', or let every round calibrate anew"
         )
     first = allocations if several else _merged(criteria, allocations)
-    measured = any("loss" in needs(section.allocation) for section in recipe.prune.values())
+    measured = "loss" in _allocation_needs(recipe)
     calibrator = None
     if measured or (statistics is None and (criteria or allocations)):
         calibrator = Calibrator(before or source, recipe.calibration)
@@ -290,6 +290,18 @@ def _merged(first: Wanted, second: Wanted) -> Wanted:
             known = merged.setdefault(component, {}).get(layer, frozenset())
             merged[component][layer] = known | statistics
     return merged
+
+
+def _allocation_needs(recipe: Recipe) -> frozenset[str]:
+    """What allocations want to know; N:M rules leave them nothing to spread."""
+    return frozenset[str]().union(
+        *(
+            needs(section.allocation)
+            for section in recipe.prune.values()
+            for rule in section.rules
+            if not rule.keep and parse_pattern(rule.pattern) == UNSTRUCTURED
+        )
+    )
 
 
 def _needs_of(criterion: str | None) -> frozenset[str]:

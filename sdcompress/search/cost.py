@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from sdcompress.bundle import Bundle, to_json, tool_versions, write_json
+from sdcompress.evaluation.files import contents
 from sdcompress.evaluation.images import picture_size
 from sdcompress.plan import Accounting, SparsityPlan, account
 from sdcompress.search.bisect import Record
@@ -46,6 +47,12 @@ class Cost(Record):
         return {"sparsity": -self.zeros, "macs": self.macs, "bytes": self.bytes}[most]
 
 
+def _folders(recipe: Recipe) -> list[str | None]:
+    """Those whose pictures a pruned model depends on."""
+    between = recipe.schedule.tune
+    return [recipe.calibration.images, between.images if between else None]
+
+
 def weigh(dense: Bundle, recipe: Recipe | None, settings: QualitySettings, work: Path) -> Cost:
     """What `dense` costs pruned by `recipe`, or as it is; kept in `work/costs`.
 
@@ -59,6 +66,7 @@ def weigh(dense: Bundle, recipe: Recipe | None, settings: QualitySettings, work:
         "recipe": recipe and recipe.model_dump(mode="json", include=DECIDES),
         "pictures": settings.model_dump(include={"steps", "guidance", "height", "width"}),
         "tools": tool_versions(),
+        "files": contents(*_folders(recipe)) if recipe else {},
     }
     digest = hashlib.sha256(to_json(made_of).encode()).hexdigest()
     file = work / COSTS / f"{digest}.json"

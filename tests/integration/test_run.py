@@ -364,14 +364,3 @@ def test_where_memory_ran_out_for_one_twin_both_are_built_with_less(
     assert made["dense"].manifest.details["options"] == made["sparse"].manifest.details["options"]
     assert engines()["dense"].digest == made["dense"].digest
     assert stages == [("engine/dense", True), ("engine/sparse", True)]
-
-
-def test_pictures_that_change_in_a_folder_make_another_model(tmp_path: Path) -> None:
-    from export.run import _contents
-
-    (tmp_path / "a.txt").write_text("one")
-    first = _contents(None, str(tmp_path), "nowhere")
-    (tmp_path / "a.txt").write_text("another")
-    assert list(first) == [str(tmp_path)]
-    assert _contents(str(tmp_path)) != first
-    assert _contents(None) == {}
