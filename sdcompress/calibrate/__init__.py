@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from sdcompress.bundle import Bundle
 from sdcompress.calibrate import _gradients, _trajectories
 from sdcompress.calibrate._layers import find_module
-from sdcompress.calibrate._packages import statistics_bytes
+from sdcompress.calibrate._losses import Losses
+from sdcompress.calibrate._packages import hessian_shape, packages, statistics_bytes
 from sdcompress.calibrate._processes import exact_device, is_main_process, on_main_process
 from sdcompress.criteria import GRADIENTS
 from sdcompress.errors import UsageError
@@ -32,14 +33,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibrator",
+    "Losses",
     "Statistics",
     "Wanted",
     "check",
     "collect",
     "complete",
     "exact_device",
+    "hessian_shape",
     "is_main_process",
     "on_main_process",
+    "packages",
+    "statistics_bytes",
 ]
 
 Wanted = Mapping[str, Mapping[str, frozenset[str]]]  # component → layer → statistics

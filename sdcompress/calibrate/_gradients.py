@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.calibrate._layers import find_module, unused
-from sdcompress.calibrate._trajectories import BATCH, _exact
+from sdcompress.calibrate._trajectories import BATCH, exact
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.images import initial_latents
 from sdcompress.evaluation.processes import processes
@@ -80,7 +80,7 @@ def record(calibrator: Calibrator, wanted: Wanted, progress: Counted) -> Statist
     pictures, mine = _share(calibrator)
     total = LEVELS * sum(map(len, mine))
     done = 0
-    with _summing(pipeline, wanted) as sums, _exact():
+    with _summing(pipeline, wanted) as sums, exact():
         for place, latent, caption in _make(calibrator, pictures, mine):
             for level in range(LEVELS):
                 sample = seeded(asked.seed, "gradients", place, level)
@@ -103,7 +103,7 @@ def prepare(calibrator: Calibrator) -> None:
 
     For whoever replaces weights before that: the pictures are to be those of the dense model.
     """
-    with _exact():
+    with exact():
         for _ in _make(calibrator, *_share(calibrator)):
             pass
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.calibrate._layers import find_module, unused
-from sdcompress.calibrate._trajectories import _exact, paint
+from sdcompress.calibrate._trajectories import exact, paint
 from sdcompress.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Losses:
             ),
         ]
         try:
-            with _exact(), torch.no_grad():
+            with exact(), torch.no_grad():
                 paint(self._pipeline, prompts, seeds, asked, {"unet"}, lambda pictures: None)
         finally:
             for hook in hooks:
@@ -81,7 +81,7 @@ class Losses:
         own, used = module.weight.detach().clone(), list[bool]()
         hook = module.register_forward_pre_hook(lambda *_: used.append(True))
         try:
-            with _exact(), torch.no_grad():
+            with exact(), torch.no_grad():
                 self._calibrator.replace(component, layer, weight)
                 error = self._error(anew=component == "text_encoder")
         finally:

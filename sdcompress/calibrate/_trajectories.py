@@ -50,7 +50,7 @@ def record(calibrator: Calibrator, wanted: Wanted, progress: Counted) -> Statist
         done += pictures
         progress(min(done, total), total)  # some schedulers take more steps than they are asked
 
-    with _listening(pipeline, wanted, asked) as inputs, _exact(), torch.no_grad():
+    with _listening(pipeline, wanted, asked) as inputs, exact(), torch.no_grad():
         for prompts, numbers in mine:
             paint(pipeline, prompts, numbers, asked, wanted, count)
             for name, one in inputs.items():
@@ -160,7 +160,7 @@ def _listening(
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
+def exact() -> Iterator[None]:
     """Without TF32, so that a GPU sums up what a CPU does."""
     import torch
 

@@ -24,8 +24,16 @@ from sdcompress.bundle import (
     staging,
     tool_versions,
 )
-from sdcompress.calibrate import Calibrator, Statistics, complete, on_main_process
-from sdcompress.calibrate._packages import hessian_shape, packages, statistics_bytes
+from sdcompress.calibrate import (
+    Calibrator,
+    Losses,
+    Statistics,
+    complete,
+    hessian_shape,
+    on_main_process,
+    packages,
+    statistics_bytes,
+)
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.criteria import GRADIENTS, STATISTICS, load_criterion
 from sdcompress.errors import SdcompressError, UsageError
@@ -207,11 +215,7 @@ def _look(
     if statistics is None:
         told = partial(progress, "calibrating")
         statistics = calibrator.record(first, progress=told) if calibrator and first else {}
-    loss = None
-    if calibrator and measured:
-        from sdcompress.calibrate._losses import Losses
-
-        loss = Losses(calibrator).of
+    loss = Losses(calibrator).of if calibrator and measured else None
     decisions = Decisions(
         catalog, plan, recipe, statistics, loss=loss, before=before, progress=progress
     )
