@@ -35,7 +35,7 @@ from sdcompress.bundle import (
 from sdcompress.calibrate import is_main_process, on_main_process
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.errors import InputError, UsageError, VerificationError
-from sdcompress.evaluation.files import content
+from sdcompress.evaluation.files import contents
 from sdcompress.patterns import parse_pattern
 from sdcompress.plan import SparsityPlan, account, make_plan
 from sdcompress.prune import check as check_once
@@ -220,22 +220,16 @@ def _steps(source: Bundle, recipe: Recipe) -> list[_Step]:
         if asked == last and not schedule.tune:
             continue
         last = asked
-        key = _key(key, decisive(asked), _files(asked.calibration.images))
+        key = _key(key, decisive(asked), contents(asked.calibration.images))
         steps.append(_Step(number, asked, key))
         if schedule.tune and number < schedule.rounds:
-            key = _key(key, schedule.tune.model_dump(mode="json"), _files(schedule.tune.images))
+            key = _key(key, schedule.tune.model_dump(mode="json"), contents(schedule.tune.images))
             steps.append(_Step(number, schedule.tune, key))
     return steps
 
 
 def _key(*made_of: Any) -> str:
     return hashlib.sha256(to_json(made_of).encode()).hexdigest()
-
-
-def _files(folder: str | None) -> str | None:
-    """The digest of a folder that settings name; whoever reads it says where there is none."""
-    place = Path(folder).expanduser() if folder else None
-    return content(place) if place and place.exists() else None
 
 
 @contextmanager
