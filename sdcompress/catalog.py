@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sdcompress.errors import InputError
 from sdcompress.safetensors_io import PRUNABLE_DTYPES, Header, read_header
@@ -46,6 +46,13 @@ class Catalog:
     def parameters(self) -> dict[str, int]:
         return {c: sum(layer.numel for layer in self.of(c)) for c in self.components}
 
+    def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """Of a component's tensors, in the order of its files."""
+        return {layer.name: layer.shape for layer in self.of(component)}
+
+    def folder(self, component: str) -> Path:
+        return self.headers[component][0].path.parent
+
     def of(self, component: str) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.component == component)
 
@@ -69,6 +76,25 @@ def read_catalog(model: Path) -> Catalog:
         if info.dtype.startswith(("F", "BF"))  # position_ids and the like are no parameters
     )
     return Catalog(layers, headers)
+
+
+def read_config(component: Path) -> dict[str, Any]:
+    """The `config.json` in the folder of a component.
+
+    Raises:
+        InputError: there is none, or it is no JSON object.
+    """
+    file = component / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"{file}: expected the component's configuration, found none that can be read; "
+            "download or make the model again"
+        ) from e
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a JSON object; download or make the model again")
+    return config
 
 
 def weight_files(component: Path) -> list[Path]:

@@ -83,21 +83,117 @@ class Rule(_Part):
         return self
 
 
+class StructureRule(_Part):
+    """One rule about blocks that lose neurons, heads or channels as a whole (see `structure`).
+
+    `blocks` is a glob on their names ("down_blocks.*.ff"); `ratio` is the share that goes, left out
+    where a budget decides. What stays is a multiple of `multiple` channels; of a block that a
+    budget decides on, at most `max_ratio` goes.
+    """
+
+    blocks: str = "*"
+    kind: Literal["neurons", "heads", "channels", "all"] = "all"
+    keep: Literal["dense"] | None = None
+    reason: str | None = None
+    criterion: str = "magnitude"
+    ratio: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+    multiple: int = Field(default=8, ge=1, le=256)
+    max_ratio: float = Field(default=0.75, ge=0, lt=1, allow_inf_nan=False)
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _one_of(value, "criteria")
+
+    @model_validator(mode="after")
+    def _complete(self) -> StructureRule:
+        if self.keep:
+            fields = type(self).model_fields
+            ways = ("criterion", "ratio", "multiple", "max_ratio")
+            if extra := [w for w in ways if getattr(self, w) != fields[w].default]:
+                raise ValueError(f"'keep: dense' takes no {', '.join(extra)}")
+            if not self.reason:
+                raise ValueError("'keep: dense' needs a 'reason'")
+        return self
+
+
+class Budget(_Part):
+    """What a component may still cost, as a share of the dense one; exactly one of the three.
+
+    `macs` and `latency` are of one denoising step, or of one run of another component.
+    """
+
+    macs: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+    params: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+    latency: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(
+                f"expected one of macs, params and latency, found {', '.join(given) or 'none'}"
+            )
+        return self
+
+    @property
+    def what(self) -> str:
+        """macs, params or latency."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def share(self) -> float:
+        share = getattr(self, self.what)
+        assert isinstance(share, float)
+        return share
+
+
+class Structure(_Part):
+    """Blocks that become narrower, before single weights are pruned.
+
+    Either every rule names its `ratio`, or one `budget` for the component is spent where it costs
+    least. `table` is a file of `sdcompress latency`, for a budget of latency.
+    """
+
+    budget: Budget | None = None
+    table: str | None = None
+    rules: tuple[StructureRule, ...] = Field(default=(StructureRule(),), min_length=1)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Structure:
+        rules = [rule for rule in self.rules if not rule.keep]
+        if self.budget and any(rule.ratio is not None for rule in rules):
+            raise ValueError("a budget decides on the ratios; leave out 'ratio', or 'budget'")
+        if not self.budget and any(rule.ratio is None for rule in rules):
+            raise ValueError("expected a 'ratio' in every rule, or one 'budget' for all of them")
+        if self.table is not None and not (self.budget and self.budget.latency):
+            raise ValueError("'table' belongs to a budget of latency; leave it out")
+        return self
+
+
 class ComponentRecipe(_Part):
     """Ordered rules for one component; the last that matches a layer wins.
 
+    `structure` says what goes as a whole before that; with it, there need be no rules.
     `allocation` spreads what a rule asks for over its layers. `spread` belongs to owl: by how much
     a layer's sparsity may differ from the one asked for.
     """
 
+    structure: Structure | None = None
     allocation: str = "uniform"
     spread: float = Field(default=0.08, ge=0, le=1, allow_inf_nan=False)
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = ()
 
     @field_validator("allocation")
     @classmethod
     def _known(cls, value: str) -> str:
         return _one_of(value, "allocation")
+
+    @model_validator(mode="after")
+    def _something(self) -> ComponentRecipe:
+        if not self.rules and not self.structure:
+            raise ValueError("expected 'rules', 'structure' or both, found neither")
+        return self
 
     @model_validator(mode="after")
     def _of_owl(self) -> ComponentRecipe:
