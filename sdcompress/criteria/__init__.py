@@ -86,22 +86,29 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Criterion:
-    """Exactly one of `score` and `solve`.
+    """Exactly one of `score`, `solve` and `group`.
 
     `score(weight, stats)` gives a tensor of the weight's shape, higher = keep, and is pure.
     `solve(weight, stats, select)` is for methods that also change the weights that stay; it gives
     (mask, weight). A criterion never chooses groups: `select` turns scores into a mask.
-    `compare` says within what scores compete: the whole tensor, or each output row.
+    `group` marks what judges neurons, heads and channels as a whole, and no single weights; it is
+    in `shrink`. `compare` says within what scores compete: the whole tensor, or each output row.
     """
 
     needs: frozenset[str] = frozenset()
     compare: Compare = "tensor"
     score: Callable[[Tensor, LayerStats], Tensor] | None = None
     solve: Callable[[Tensor, LayerStats, Select], tuple[Tensor, Tensor]] | None = None
+    group: bool = False
 
     def __post_init__(self) -> None:
-        if (self.score is None) == (self.solve is None):
-            raise TypeError("a criterion has exactly one of score and solve")
+        if [self.score is not None, self.solve is not None, self.group].count(True) != 1:
+            raise TypeError("a criterion has exactly one of score, solve and group")
+
+
+def for_weights() -> list[str]:
+    """The criteria that judge single weights: all but those that judge groups alone."""
+    return [name for name in registry.names("criteria") if not load_criterion(name).group]
 
 
 def load_criterion(name: str) -> Criterion:

@@ -43,15 +43,7 @@ def solve(
     """
     import torch
 
-    hessians = (hessian if hessian.ndim == 3 else hessian[None]).to(weight.device)
-    mean = float(hessians.diagonal(dim1=-2, dim2=-1).mean())
-    if not 0 < mean < float("inf"):
-        raise InputError(
-            f"expected a Hessian with finite entries, not all 0, found {mean} in the mean of its "
-            "diagonal; keep the layer dense, or prune it by magnitude"
-        )
-    damped = hessians.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(DAMPING * mean)
+    damped = damp(hessian.to(weight.device))
     factors = [_inverse_factor(one) for one in damped]
     dense = as_columns(weight).double().T.contiguous()  # [columns, outputs]: a column is one row
     if refit:
@@ -69,6 +61,24 @@ def solve(
         )
     shape = tuple(weight.shape)
     return from_columns(keep.T, shape), from_columns(columns.float().T, shape)
+
+
+def damp(hessian: Tensor) -> Tensor:
+    """A new Hessian, [blocks, c, c] of either form, with `DAMPING` on its diagonal.
+
+    Raises:
+        InputError: it holds nothing, or what nobody can count with.
+    """
+    damped = (hessian if hessian.ndim == 3 else hessian[None]).double().clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    mean = float(diagonal.mean())
+    if not 0 < mean < float("inf"):
+        raise InputError(
+            f"expected a Hessian with finite entries, not all 0, found {mean} in the mean of its "
+            "diagonal; keep the layer dense, or prune it by magnitude"
+        )
+    diagonal.add_(DAMPING * mean)
+    return damped
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""A budget for a component, spent over its blocks where it costs least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from sdcompress.catalog import Catalog, read_config
+from sdcompress.errors import UsageError
+from sdcompress.latency import LatencyTable
+from sdcompress.macs import Sizes, block_macs, component_macs
+from sdcompress.recipe import Budget
+from sdcompress.shrink._plan import Fate
+from sdcompress.structure import Block
+
+_STEPS = 1 << 15  # in which costs are counted
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a component costs dense, and what a block costs with so many units left."""
+
+    what: str
+    total: float
+    of: Callable[[Block, int], float]
+
+    def left(self, kept: Mapping[Block, int]) -> float:
+        """What the component costs then, as a share of dense; blocks not named stay whole."""
+        saved = sum(self.of(b, b.units) - self.of(b, units) for b, units in kept.items())
+        return (self.total - saved) / self.total
+
+
+def macs_of(component: str, catalog: Catalog, sizes: Sizes) -> Costs:
+    """MACs of one sample in one step."""
+    config = read_config(catalog.folder(component))
+    macs = component_macs(component, catalog.shapes(component), config, sizes)
+    return Costs(
+        "macs", sum(macs.values()), lambda block, kept: block_macs(block, macs) * kept / block.units
+    )
+
+
+def params_of(component: str, catalog: Catalog) -> Costs:
+    """Numbers in the component's files."""
+    shapes = catalog.shapes(component)
+
+    def of(block: Block, kept: int) -> float:
+        return sum(math.prod(shapes[part.tensor]) for part in block.parts) * kept / block.units
+
+    return Costs("params", sum(map(math.prod, shapes.values())), of)
+
+
+def latency_of(component: str, table: LatencyTable) -> Costs:
+    """Seconds of one run.
+
+    Raises:
+        UsageError: the table is another component's.
+    """
+    if table.component != component:
+        raise UsageError(
+            f"{component}: expected a latency table of it, found one of {table.component}; measure "
+            f"one with `sdcompress latency --component {component}`"
+        )
+    return Costs(
+        "latency", table.total, lambda block, kept: table.seconds(block.name, kept * block.unit)
+    )
+
+
+def closest(costs: Costs, fates: Sequence[Fate]) -> float:
+    """What is left of dense with all gone that the rules allow."""
+    return costs.left({f.block: min(f.choices(), key=partial(costs.of, f.block)) for f in fates})
+
+
+def check_budget(component: str, budget: Budget, costs: Costs, fates: Sequence[Fate]) -> None:
+    """Raise UsageError, with the closest that can be reached, where a budget cannot be met."""
+    if (least := closest(costs, fates)) > budget.share:
+        raise UsageError(
+            f"{component}: a budget of {budget.what} {budget.share:g} cannot be met: with all that "
+            f"the rules allow gone, {math.ceil(least * 1000) / 1000:g} of it is left; ask for "
+            "that or more, raise max_ratio, or keep fewer blocks dense"
+        )
+
+
+def spend(
+    costs: Costs, share: float, fates: Sequence[Fate], losses: Mapping[Block, Sequence[float]]
+) -> dict[Block, int]:
+    """The units of each block that stay, so that the component costs no more than `share` of dense
+    and the sum of losses is the least.
+
+    `losses[block][n]` is what n units less in a block lose. Each block takes one of its widths: the
+    multiple-choice knapsack problem, solved exactly by dynamic programming over costs that are
+    rounded up to 1/32768 of dense, so that the budget holds.
+
+    Raises:
+        UsageError: not even the cheapest widths fit.
+    """
+    import numpy as np
+
+    grain = costs.total / _STEPS
+
+    def cost(fate: Fate, units: int) -> int:
+        return math.ceil(costs.of(fate.block, units) / grain - 1e-9)
+
+    whole = sum(costs.of(fate.block, fate.block.units) for fate in fates)
+    room = math.floor((share * costs.total - (costs.total - whole)) / grain + 1e-9)
+    best = np.zeros(room + 1)  # the least loss of the blocks so far, for every cost they may have
+    taken = []
+    for fate in fates:
+        now, choice = np.full_like(best, np.inf), np.zeros(len(best), np.int16)
+        for number, units in enumerate(fate.choices()):
+            if (price := cost(fate, units)) > room:
+                continue
+            lost = losses[fate.block][fate.block.units - units]
+            reached = best[: len(best) - price] + lost
+            better = reached < now[price:]
+            now[price:][better], choice[price:][better] = reached[better], number
+        best = now
+        taken.append(choice)
+    if not np.isfinite(best[-1]):
+        raise UsageError(
+            f"a budget of {share:g} cannot be met: no widths that the rules allow come to it; ask "
+            f"for {math.ceil(closest(costs, fates) * 1000) / 1000:g} or more"
+        )
+    kept = {}
+    for fate, choice in zip(reversed(fates), reversed(taken), strict=True):
+        kept[fate.block] = fate.choices()[choice[room]]
+        room -= cost(fate, kept[fate.block])
+    return kept

@@ -1,0 +1,63 @@
+"""The narrowed model in a directory: smaller tensors under their own names, configs that say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdcompress.bundle import to_json
+from sdcompress.catalog import Catalog, read_config, weights_or_index
+from sdcompress.models.checkpoint import encode_header
+from sdcompress.safetensors_io import raw_bytes, read_tensor
+from sdcompress.structure import KEY, Block, Part, channels_of, cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_narrow(
+    catalog: Catalog,
+    component: str,
+    narrow: Catalog,
+    kept: Mapping[Block, tuple[int, ...]],
+    refitted: Mapping[str, Tensor],
+    work: Path,
+    progress: Callable[[int], None],
+) -> None:
+    """Write the component's files and its config below `work`.
+
+    `narrow` has its shapes after removal, `kept` the units that stay of each block that loses
+    some, and `refitted` what is to be written for some tensors, narrow already. `progress` hears of
+    bytes read.
+    """
+    source, shapes = catalog.folder(component), narrow.shapes(component)
+    parts: dict[str, tuple[Block, Part]] = {
+        part.tensor: (block, part) for block in kept for part in block.parts
+    }
+    stays = {block: channels_of(block, units) for block, units in kept.items()}
+    (work / component).mkdir(parents=True)
+    total = 0
+    for header in catalog.headers[component]:
+        infos = header.tensors.values()
+        with (work / component / header.path.name).open("xb") as file:
+            file.write(encode_header((i.name, i.dtype, shapes.get(i.name, i.shape)) for i in infos))
+            for info in infos:
+                tensor = read_tensor(info)
+                if info.name in refitted:
+                    tensor = refitted[info.name].to(tensor.dtype)
+                elif info.name in parts:
+                    block, part = parts[info.name]
+                    tensor = cut(tensor, part, stays[block], block.width)
+                data = raw_bytes(tensor)
+                total += data.nbytes
+                file.write(data)
+                progress(info.nbytes)
+    widths = {block.name: len(stays[block]) for block in kept}
+    config = {**read_config(source), KEY: widths}
+    (work / component / "config.json").write_text(to_json(config), encoding="utf-8")
+    if (index := weights_or_index(source)).suffix == ".json":
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["metadata"] = {**content.get("metadata", {}), "total_size": total}
+        (work / component / index.name).write_text(to_json(content), encoding="utf-8")
