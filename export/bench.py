@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from export.backends import load_backend
-from export.comparison import make_control, make_measures
+from export.comparison import kept_in_fp32, make_control, make_measures, narrowed_components
 from export.device.telemetry import Telemetry as Readings
 from export.pipeline import Geometry, check_sizes, tokenize
 from export.residency import Residency
@@ -47,7 +47,7 @@ MEMORY = "peak anonymous memory of the process tree (smaps_rollup), mapped files
 # What both engines must have in common, of the details of their manifests.
 SAME = (
     *("backend", "providers", "options", "dtype", "opset", "target", "sizes"),
-    *("upcast_attention", "kept_fp32"),
+    "upcast_attention",
 )
 OTHER: dict[Residency, Residency] = {"resident": "sequential", "sequential": "resident"}
 PLAN = "engine.plan"
@@ -278,8 +278,11 @@ def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
             )
         if missing := [c for c in COMPONENTS if not (bundle.path / c).is_dir()]:
             raise InputError(f"{bundle.path}: has no {missing[0]}; export the model again")
-    for fact in SAME:
-        a, b = (x.manifest.details.get(fact) for x in (dense, sparse))
+    narrower = [narrowed_components(x) for x in (dense, sparse)]
+    alike = {*COMPONENTS}.difference(*narrower)  # other graphs keep what their own numbers need
+    facts = [(fact, *(x.manifest.details.get(fact) for x in (dense, sparse))) for fact in SAME]
+    facts.append(("kept_fp32", *(kept_in_fp32(x, alike) for x in (dense, sparse))))
+    for fact, a, b in facts:
         if a != b:
             raise UsageError(
                 f"the engines differ in {fact} ({a} and {b}), so nothing could be put down to "
@@ -298,6 +301,11 @@ def _check_comparable(dense: Bundle, sparse: Bundle) -> None:
         raise UsageError(
             f"{dense.path} is given as the dense engine and has {a:,} zeros planned, "
             f"{sparse.path} has {b:,}; swap the two"
+        )
+    if first := sorted(narrower[0] - narrower[1]):
+        raise UsageError(
+            f"{dense.path} is given as the dense engine and its {first[0]} has lost blocks that "
+            f"{sparse.path} has; swap the two"
         )
 
 

@@ -5,17 +5,35 @@ Used for what `export.bench` measures on this machine and for what a device brin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from export.specs import MODEL_OF
+from sdcompress.bundle import Bundle
 from sdcompress.measure import compare, family_confidence, median_of, percentile
 from sdcompress.results import Control, Measure, Series
+from sdcompress.structure import read_record
 
 # In the order of the page: what a user waits for, then its parts.
 TIMED = ("picture", "text_encoder", "unet_step", "vae_decoder", "load")
 PEAK = "peak_memory"
 
 Answers = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def narrowed_components(bundle: Bundle) -> set[str]:
+    """The exported components of which blocks have become narrower, so that they are other graphs
+    than those of their dense twin.
+    """
+    record = read_record(bundle.manifest.details)
+    narrower = {m for m, r in record.items() if any(b.kept < b.width for b in r.blocks.values())}
+    return {component for component, model in MODEL_OF.items() if model in narrower}
+
+
+def kept_in_fp32(bundle: Bundle, components: Collection[str]) -> dict[str, list[str]]:
+    """Of these components, the layers that are computed in fp32 to keep numbers in range."""
+    kept = bundle.manifest.details.get("kept_fp32", {})
+    return {component: layers for component, layers in kept.items() if component in components}
 
 
 def make_measures(answers: Answers, timed: Sequence[str] = TIMED) -> dict[str, Measure]:

@@ -14,11 +14,12 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.comparison import kept_in_fp32, narrowed_components
 from export.device.preflight import estimate
 from export.device_results import TOLERANCE
 from export.device_results import is_device_results as is_device_results
@@ -39,7 +40,7 @@ PACKAGE = "sdcompress_device"  # what export.device is called inside the script
 KIND, VERSION = "sdcompress device bundle", 1  # as export.device.contents expects them
 TWINS = ("dense", "sparse")
 GUIDANCE = 7.5
-SAME = ("dtype", "opset", "upcast_attention", "kept_fp32")  # of the details of both twins
+SAME = ("dtype", "opset", "upcast_attention")  # of the details of both twins
 Progress = Callable[[str], None]
 
 README = f"""\
@@ -347,8 +348,10 @@ def _check_twins(dense: Bundle, sparse: Bundle, target: Target) -> None:
             f"{dense.path} and {sparse.path} are the same bundle, so there is nothing to compare; "
             "give the pruned one as SPARSE"
         )
-    others = _facts(sparse)
-    for fact, a in _facts(dense).items():
+    narrower = narrowed_components(sparse)
+    alike = [c for c in COMPONENTS if c not in narrower | narrowed_components(dense)]
+    others = _facts(sparse, alike)
+    for fact, a in _facts(dense, alike).items():
         if a != (b := others[fact]):
             raise UsageError(
                 f"the bundles differ in {fact} ({a!s:.60} and {b!s:.60}), so nothing could "
@@ -359,20 +362,28 @@ def _check_twins(dense: Bundle, sparse: Bundle, target: Target) -> None:
             f"{dense.path} is given as the dense twin and has more zeros planned than "
             f"{sparse.path}; swap the two"
         )
-    if not _zeros(sparse):
+    if first := sorted(narrowed_components(dense) - narrower):
         raise UsageError(
-            f"{sparse.path} is given as the sparse twin and has no zeros planned; prune the model, "
-            "and export what `sdcompress prune` wrote"
+            f"{dense.path} is given as the dense twin and its {first[0]} has lost blocks that "
+            f"{sparse.path} has; swap the two"
+        )
+    if not (_zeros(sparse) or narrower):
+        raise UsageError(
+            f"{sparse.path} is given as the sparse twin, lost no block and has no zeros planned; "
+            "prune the model, and export what `sdcompress prune` wrote"
         )
 
 
-def _facts(bundle: Bundle) -> dict[str, object]:
-    """What both twins must have in common; weights lie outside the graphs, so these are alike."""
+def _facts(bundle: Bundle, alike: Sequence[str]) -> dict[str, object]:
+    """What both twins must have in common; weights lie outside the graphs, so that those of the
+    components `alike`, in which no block became narrower, are the same.
+    """
     manifest, files = bundle.manifest, bundle.manifest.files
-    graphs = {c: files.get(f"{c}/model.onnx") for c in COMPONENTS}
+    graphs = {c: files.get(f"{c}/model.onnx") for c in alike}
     return {
         "model": (manifest.source.id, manifest.source.revision),
         **{name: manifest.details.get(name) for name in SAME},
+        "kept_fp32": kept_in_fp32(bundle, alike),
         **{f"the graph of {c}": file and f"{file.sha256:.12}" for c, file in graphs.items()},
     }
 

@@ -15,9 +15,10 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from export.specs import MODEL_OF
-from export.to_onnx import MODEL, read_config
+from export.to_onnx import MODEL
 from export.weight_map import Entry, WeightMap
 from sdcompress.bundle import Bundle
+from sdcompress.catalog import read_config
 from sdcompress.errors import InputError
 
 OF_ONNX_FILES = ("onnxruntime", "torch_cuda")  # the backends whose engines are the ONNX files
@@ -115,7 +116,7 @@ def open_graph(bundle: Path, component: str) -> Graph:
             if location not in data:
                 # Copy on write, so that torch may take the array; nothing ever writes to it.
                 data[location] = np.memmap(directory / location, np.uint8, "c")
-    config = read_config(bundle, component)
+    config = read_config(directory)
     return Graph(component, directory, config, proto, WeightMap.read(directory), data)
 
 

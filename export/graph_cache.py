@@ -17,6 +17,7 @@ from pathlib import Path
 from export.weight_map import WeightMap
 from sdcompress.bundle import to_json, tool_versions
 from sdcompress.cache import cache_folder
+from sdcompress.models import modules
 
 Traced = tuple[bytes, WeightMap]  # the serialised graph and the map to its weights
 
@@ -58,6 +59,7 @@ def _read(file: Path) -> Traced | None:
 def _code() -> str:
     """A digest of the modules that shape a graph, so that a change of ours asks for new ones."""
     digest = hashlib.sha256()
-    for name in ("precision", "specs", "to_onnx", "weight_map"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    ours = (f"{name}.py" for name in ("precision", "specs", "to_onnx", "weight_map"))
+    for file in (*map(Path(__file__).with_name, ours), Path(modules.__file__)):
+        digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -107,6 +107,20 @@ class Ranges(_Record):
         calibrations = tuple(dict.fromkeys(self.calibrations + other.calibrations))
         return self.model_copy(update={"values": values, "calibrations": calibrations})
 
+    def beside(self, twin: Ranges) -> Ranges:
+        """These, merged with the twin's in the components that are the same graph in both.
+
+        What both meet is kept in fp32 in both, so that they remain the same graph. Blocks that
+        became narrower make another graph, which keeps what its own numbers need.
+        """
+        same = {c for c, digest in self.graphs.items() if twin.graphs.get(c) == digest}
+        if not same:
+            return self
+        theirs = twin.model_copy(update={"graphs": {c: twin.graphs[c] for c in same}})
+        ours = self.model_copy(update={"values": {c: self.values[c] for c in same}})
+        merged = ours.merge(theirs)
+        return merged.model_copy(update={"values": {**self.values, **merged.values}})
+
     def beyond_fp16(self) -> dict[str, list[str]]:
         """Component → the names, sorted, of the values beyond fp16's range less headroom."""
         end = self.limit / self.headroom

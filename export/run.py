@@ -3,6 +3,8 @@
     model ─┬────────────────── export ─ build ─┐
            └─ prune ─ (tune) ─ export ─ build ─┴─ verify, pictures, bench ─ page
 
+Where a budget of latency decides what goes, times are measured before anything is pruned.
+
 An engine that cannot run here is built all the same; pictures and figures then wait for the device,
 which gets a bundle of its own.
 
@@ -43,11 +45,14 @@ from sdcompress.bundle import (
     write_json,
     write_text,
 )
+from sdcompress.catalog import COMPONENTS
 from sdcompress.errors import InputError, UsageError, VerificationError
 from sdcompress.evaluation.files import contents
+from sdcompress.latency import LatencyTable, read_table
 from sdcompress.recipe import Recipe
 from sdcompress.report import picture_quality, write_report
 from sdcompress.results import Results
+from sdcompress.shrink import needs_tables
 
 if TYPE_CHECKING:
     from export.ranges import Ranges
@@ -60,12 +65,13 @@ PAGE = "report.html"
 DEVICE = "device.tar"
 TWINS = ("dense", "sparse")
 VERIFY = {"dense": "verify-dense.json", "sparse": "verify.json"}
-# In the order of the work. "pruned" and "tuned" belong to the sparse twin; BOTH need both. There is
-# tuning only where the recipe asks for it, ranges are recorded only where its export calibrates,
-# and a device bundle is made only for a target.
+# In the order of the work. WEIGHTS belong to the sparse twin; BOTH need both. There is tuning only
+# where the recipe asks for it, latency is measured only for its budgets, ranges are recorded only
+# where its export calibrates, and a device bundle is made only for a target.
 KINDS = ("ranges", "onnx", "verify", "engine", "images")
 BOTH = ("device", "bench", "quality")
-WEIGHTS = ("pruned", "tuned")
+LATENCY = tuple(f"latency/{component}" for component in COMPONENTS)
+WEIGHTS = (*LATENCY, "pruned", "tuned")
 STAGES = (*WEIGHTS, *(f"{kind}/{twin}" for kind in KINDS for twin in TWINS), *BOTH)
 
 Make = Callable[[Bundle, Path], Bundle]
@@ -115,6 +121,7 @@ class Workspace:
         """The file or directory a stage makes."""
         kind, _, twin = stage.partition("/")
         special = {
+            "latency": f"latency-{twin}.json",
             "ranges": f"ranges-{twin}.json",
             "verify": VERIFY.get(twin, ""),
             "device": DEVICE,
@@ -172,6 +179,8 @@ class Workspace:
         for later in STAGES[STAGES.index(stage) + 1 :]:
             if later == "quality" and stage not in WEIGHTS:
                 continue  # it is the weights' own, whatever engines are made of them
+            if later in LATENCY:
+                continue  # one component's is nothing to another's
             if later in BOTH or _twin(later) == _twin(stage):
                 self.drop(later)
 
@@ -268,6 +277,7 @@ class _Job:
     @classmethod
     def check(cls, recipe: Recipe, source: Bundle) -> _Job:
         """Raises UsageError for what would fail later, before anything slow."""
+        from export.latency import check as check_latency
         from sdcompress.rounds import check as check_rounds
         from sdcompress.tuning import check as check_tuning
 
@@ -285,9 +295,12 @@ class _Job:
         asked, geometry = job.sampling, Geometry.read(source.path, "vae")
         geometry.latent_shape(asked["height"], asked["width"])
         job = replace(job, quality=_quality_settings(recipe, source, job.sampling))
+        if needs_tables(recipe):
+            check_latency(recipe.engine.backend, recipe.engine.options)
         plan = check_rounds(source, recipe)
         if recipe.tune:
-            check_tuning(plan, recipe.tune)
+            narrower = [c for c, section in recipe.prune.items() if section.structure]
+            check_tuning(plan, recipe.tune, narrower)
         if target is None:
             return job
         return replace(job, warnings=warnings(target, recipe, plan, geometry.default_size))
@@ -311,15 +324,20 @@ def _sparse_weights(
     from sdcompress.prune import decisive
     from sdcompress.rounds import prune_in_rounds
 
+    tables = _tables(place, source, recipe, announce, tell)
+
     def prune(parent: Bundle, path: Path) -> Bundle:
         def progress(what: str, done: int, of: int) -> None:
             tell(f"{what}: {done / max(of, 1):.0%}")
 
-        return prune_in_rounds(parent, recipe, path, replace=True, progress=progress)
+        return prune_in_rounds(parent, recipe, path, tables=tables, replace=True, progress=progress)
 
     between = recipe.schedule.tune
     folders = (recipe.calibration.images, between.images if between else None)
-    made_by = {**decisive(recipe), **contents(*folders)}
+    named = (section.structure for section in recipe.prune.values())
+    files = [Path(structure.table) for structure in named if structure and structure.table]
+    widths = [table.sha256 for table in (*tables.values(), *map(read_table, files))]
+    made_by = {**decisive(recipe), **contents(*folders), "tables": widths}
     pruned = _bundle(place, "pruned", made_by, prune, source, announce)
     if not (settings := recipe.tune):
         place.drop("tuned")
@@ -345,6 +363,38 @@ def _sparse_weights(
     return _bundle(place, "tuned", asked, make, pruned, announce)
 
 
+def _tables(
+    place: Workspace, source: Bundle, recipe: Recipe, announce: Announce, tell: Tell
+) -> dict[str, LatencyTable]:
+    """What widths take on this machine, of the components whose budget needs to know."""
+    from export.bench import machine
+    from export.latency import measure_latency
+
+    needed = needs_tables(recipe)
+    settings = as_engines(recipe, source)
+    where = {**settings, "sizes": asdict(settings["sizes"])}
+    where |= {"runtime": runtime_versions(), "machine": machine()}
+    tables = {}
+    for component in COMPONENTS:
+        stage = f"latency/{component}"
+        if component not in needed:
+            place.drop(stage)
+            continue
+
+        def make(target: Path, component: str = component) -> None:
+            table = measure_latency(
+                source,
+                component,
+                **settings,
+                progress=lambda what, done, of: tell(f"{component}, {what}: {done} of {of}"),
+            )
+            write_text(target, table.model_dump_json(indent=1) + "\n")
+
+        announce(stage, place.files(stage, _key(stage, where, source), make))
+        tables[component] = read_table(place.output(stage))
+    return tables
+
+
 def _onnx(
     place: Workspace,
     weights: Mapping[str, Bundle],
@@ -357,26 +407,22 @@ def _onnx(
 
     asked = recipe.export
     ranges = _ranges(place, recipe, weights, sampling, announce)
-
-    def export(parent: Bundle, path: Path) -> Bundle:
-        return export_bundle(
-            parent,
-            path,
+    onnx = {}
+    for twin in TWINS:
+        kept = ranges.get(twin)
+        export = partial(
+            export_bundle,
             dtype=asked.dtype,
             upcast_attention=asked.upcast_attention,
-            keep_fp32=ranges,
+            keep_fp32=kept,
             replace=True,
         )
-
-    settings = {
-        "dtype": asked.dtype,
-        "upcast_attention": asked.upcast_attention,
-        "keep_fp32": ranges.beyond_fp16() if ranges else None,
-    }
-    onnx = {
-        twin: _bundle(place, f"onnx/{twin}", settings, export, weights[twin], announce)
-        for twin in TWINS
-    }
+        settings = {
+            "dtype": asked.dtype,
+            "upcast_attention": asked.upcast_attention,
+            "keep_fp32": kept.beyond_fp16() if kept else None,
+        }
+        onnx[twin] = _bundle(place, f"onnx/{twin}", settings, export, weights[twin], announce)
     for twin in TWINS:
         _verify(place, twin, onnx[twin], weights[twin], announce)
     return onnx
@@ -402,10 +448,10 @@ def _ranges(
     weights: Mapping[str, Bundle],
     sampling: dict[str, Any],
     announce: Announce,
-) -> Ranges | None:
-    """The largest numbers either twin meets on the recipe's prompts; None if not asked for.
+) -> dict[str, Ranges]:
+    """The largest numbers the twins meet on the recipe's prompts; {} if not asked for.
 
-    Both twins keep the same layers in fp32, so that they remain the same graph.
+    Where both are the same graph, both keep the same layers in fp32 and remain the same.
     """
     from export.ranges import Ranges, record_ranges
 
@@ -414,7 +460,7 @@ def _ranges(
     if asked.dtype != "fp16" or not asked.calibrate:
         for twin in TWINS:
             place.drop(f"ranges/{twin}")
-        return None
+        return {}
     settings = {
         **sampling,
         "prompts": prompts,
@@ -426,13 +472,14 @@ def _ranges(
             target, record_ranges(weights[twin], **settings).model_dump_json(indent=1) + "\n"
         )
 
-    found = []
+    found = {}
     for twin in TWINS:
         stage = f"ranges/{twin}"
         key = _key(stage, {**settings, "runtime": runtime_versions()}, weights[twin])
         announce(stage, place.files(stage, key, partial(make, twin)))
-        found.append(Ranges.read(place.output(stage)))
-    return found[0].merge(found[1])
+        found[twin] = Ranges.read(place.output(stage))
+    dense, sparse = (found[twin] for twin in TWINS)
+    return {"dense": dense.beside(sparse), "sparse": sparse.beside(dense)}
 
 
 def _engines(
@@ -640,6 +687,17 @@ def sampling(recipe: Recipe, source: Bundle) -> dict[str, Any]:
 
     asked = recipe.sampling.model_dump(exclude_none=True)
     return {**sampling_defaults(source), **asked}
+
+
+def as_engines(recipe: Recipe, source: Bundle) -> dict[str, Any]:
+    """What `measure_latency` needs to know to measure what the recipe's engines will take."""
+    asked = sampling(recipe, source)
+    return {
+        "backend": recipe.engine.backend,
+        "options": recipe.engine.options,
+        "sizes": Sizes(1, asked["guidance"] > 1, asked["height"], asked["width"]),
+        "dtype": recipe.export.dtype,
+    }
 
 
 def command_line(argv: list[str]) -> str:

@@ -57,10 +57,12 @@ from sdcompress.bundle import (
     staging,
     tool_versions,
 )
-from sdcompress.catalog import read_catalog
+from sdcompress.catalog import read_catalog, read_config
 from sdcompress.errors import InputError, UsageError
+from sdcompress.models.modules import build
 from sdcompress.prune import read_finite, record_tensor
 from sdcompress.safetensors_io import TensorInfo, raw_bytes
+from sdcompress.structure import RECORD
 
 if TYPE_CHECKING:
     from export.ranges import Ranges
@@ -141,7 +143,7 @@ def export_bundle(
         linked = _carry_over(source, components, work)
         for component in components:
             progress(f"tracing {component}", 0)
-            config, model = read_config(work, component), MODEL_OF[component]
+            config, model = read_config(work / component), MODEL_OF[component]
             skeleton = build_skeleton(component, config, dtype, opset)
             if dtype == "fp16":
                 scores = _upcast(component, config, upcast_attention)
@@ -176,29 +178,11 @@ def export_bundle(
                 "upcast_attention": upcast,
                 "kept_fp32": {c: names for c, names in layers.items() if names},
                 "fp32_products": {c: names for c, names in products.items() if names},
+                **{k: v for k, v in source.manifest.details.items() if k == RECORD},
             },
         )
         seal(work, manifest, linked=linked)
     return Bundle.open(out)
-
-
-def read_config(bundle: Path, component: str) -> dict[str, Any]:
-    """The `config.json` of a component of an ONNX bundle, or of a model in a weight bundle.
-
-    Raises:
-        InputError: there is none, or it is no JSON object.
-    """
-    file = bundle / component / "config.json"
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as e:
-        raise InputError(
-            f"{file}: expected the component's configuration, found none that can be read; "
-            "download or make the model again"
-        ) from e
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: expected a JSON object; download or make the model again")
-    return config
 
 
 def _carry_over(source: Bundle, components: Sequence[str], work: Path) -> dict[str, FileRecord]:
@@ -299,18 +283,9 @@ class _VaeDecoder(nn.Module):
 
 def architecture(component: str, config: Mapping[str, Any]) -> nn.Module:
     """The component's module in inference mode, its parameters without values."""
+    wrap = {"text_encoder": _TextEncoder, "unet": _UNet, "vae_decoder": _VaeDecoder}[component]
     with _parameters_on_meta():
-        if component == "text_encoder":
-            from transformers import CLIPTextConfig, CLIPTextModel
-
-            return _TextEncoder(CLIPTextModel(CLIPTextConfig(**config))).eval()
-        if component == "unet":
-            from diffusers import UNet2DConditionModel
-
-            return _UNet(UNet2DConditionModel.from_config(config)).eval()
-        from diffusers import AutoencoderKL
-
-        return _VaeDecoder(AutoencoderKL.from_config(config)).eval()
+        return wrap(build(MODEL_OF[component], config)).eval()
 
 
 def parameter_names(component: str, module: nn.Module) -> dict[str, str]:
@@ -363,16 +338,23 @@ def _trace(
     # Sizes above one at the lowest resolution too, and none equal: one and equality would be
     # taken for facts about the architecture.
     inputs = make_inputs(spec, config, dtype, height=4 * spec.multiple, width=6 * spec.multiple)
+    return trace(
+        module,
+        [torch.from_numpy(a) for a in inputs.values()],
+        opset_version=opset,
+        dynamic_shapes=_dynamic_shapes(spec),
+        input_names=[t.name for t in spec.inputs],
+        output_names=[t.name for t in spec.outputs],
+    )
+
+
+def trace(
+    module: nn.Module, inputs: Sequence[Tensor], opset_version: int = OPSET, **how: Any
+) -> ir.Model:
+    """The graph that torch's exporter makes of a module; `how` are its own arguments."""
     with _quiet():
         program = torch.onnx.export(
-            module,
-            tuple(torch.from_numpy(a) for a in inputs.values()),
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=_dynamic_shapes(spec),
-            input_names=[t.name for t in spec.inputs],
-            output_names=[t.name for t in spec.outputs],
-            verbose=False,
+            module, tuple(inputs), dynamo=True, opset_version=opset_version, verbose=False, **how
         )
     assert program is not None
     return program.model

@@ -64,7 +64,13 @@ def layer_macs(
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             each = math.prod(layer.weight.shape[1:])  # of a Conv, C / groups · R · S
             layer.register_forward_hook(counting(keys[f"{name}.weight"], each))
-    shapes = static_shapes(component, config, batch, height, width, tokens)
+    run_on_meta(module, component, config, batch=batch, height=height, width=width, tokens=tokens)
+    return macs
+
+
+def run_on_meta(module: nn.Module, component: str, config: Mapping[str, Any], **sizes: int) -> None:
+    """Send shapes through a component's module on the meta device; see `static_shapes`."""
+    shapes = static_shapes(component, config, **sizes)
     inputs = [
         torch.empty(
             shapes[t.name],
@@ -75,4 +81,3 @@ def layer_macs(
     ]
     with torch.inference_mode():
         module(*inputs)
-    return macs

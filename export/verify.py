@@ -11,7 +11,7 @@ be read and is wrong is a failed check.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from export.ranges import RANGES, Ranges
 from export.specs import canonical_key, unused_key
 from export.to_onnx import MODEL, RECORD_DTYPES
 from sdcompress.bundle import Bundle, Manifest
-from sdcompress.catalog import read_catalog
+from sdcompress.catalog import read_catalog, read_config
+from sdcompress.criteria import load_criterion
 from sdcompress.errors import VerificationError
 from sdcompress.patterns import parse_pattern, violations
 from sdcompress.plan import LayerPlan, shortfalls
@@ -36,6 +37,15 @@ from sdcompress.prune import record_tensor
 from sdcompress.recipe import Recipe
 from sdcompress.results import Check, VerifyReport
 from sdcompress.safetensors_io import read_tensor
+from sdcompress.structure import (
+    KEY,
+    ComponentStructure,
+    channels_of,
+    cut,
+    find_blocks,
+    from_ranges,
+    read_record,
+)
 
 NAMED = 20  # tensors named in a failed check
 
@@ -57,6 +67,8 @@ def verify_bundle(path: Path, *, against: Path | None = None, parity: bool = Tru
         if (path / RANGES).is_file():
             checks += [_kept(graphs, Ranges.read(path / RANGES))]
     if graphs or bundle.manifest.stage != "engine":  # other engines hold no weights one can read
+        if record := read_record(bundle.manifest.details):
+            checks += [_blocks(bundle, graphs, record)]
         checks += _tensors(bundle, graphs)
     if against is not None:
         checks += _against(bundle, graphs, Bundle.open(against))
@@ -87,12 +99,13 @@ def _files(bundle: Bundle) -> Check:
 
 @dataclass(frozen=True)
 class _Weight:
-    """One tensor as stored. `name` is its key in the manifest; `read` gives it in the state dict's
-    layout."""
+    """One tensor as stored. `name` is its key in the manifest; `shape` and what `read` gives are of
+    the state dict's layout."""
 
     model: str
     name: str
     dtype: str
+    shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
     @property
@@ -109,13 +122,14 @@ def _weights(bundle: Bundle, graphs: list[Graph]) -> Iterator[_Weight]:
         for model, headers in read_catalog(bundle.path).headers.items():
             for header in headers:
                 for info in header.tensors.values():
-                    yield _Weight(model, info.name, info.dtype, partial(read_tensor, info))
+                    read = partial(read_tensor, info)
+                    yield _Weight(model, info.name, info.dtype, info.shape, read)
     for graph in graphs:
         recorded = bundle.manifest.tensors.get(graph.model, {})
         names = {canonical_key(graph.component, name): name for name in recorded}
         for tensor, entry in graph.weights():
-            name = names.get(entry.key, entry.key)
-            yield _Weight(graph.model, name, record_dtype(tensor), partial(graph.read, tensor))
+            name, read = names.get(entry.key, entry.key), partial(graph.read, tensor)
+            yield _Weight(graph.model, name, record_dtype(tensor), entry.key_shape, read)
 
 
 # Checks of the weights.
@@ -221,6 +235,32 @@ def _look_at(weight: _Weight, bundle: Bundle, layer: LayerPlan | None, found: _F
             wrong["pattern"].append(f"{weight.label} ({broken:,} groups break {pattern})")
 
 
+def _blocks(bundle: Bundle, graphs: list[Graph], record: Mapping[str, ComponentStructure]) -> Check:
+    """Every block is as wide as recorded: its tensors, and the config that modules are made by."""
+    folders = (
+        {g.model: g.component for g in graphs} if graphs else {model: model for model in record}
+    )
+    shapes: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for weight in _weights(bundle, graphs):
+        shapes[weight.model][weight.name] = weight.shape
+    wrong, count = [], Counter[str]()
+    for model in record.keys() & folders:
+        config, said = read_config(bundle.path / folders[model]), record[model].blocks
+        found = {block.name: block for block in find_blocks(model, shapes[model], config)}
+        if not graphs:  # a graph has not all of a VAE
+            wrong += [f"{model}/{name} (missing)" for name in said if name not in found]
+        for name, block in found.items():
+            tensors = {shapes[model][p.tensor][p.axis] // p.copies for p in block.parts}
+            widths = {*tensors, config.get(KEY, {}).get(name, block.full)}
+            recorded = said[name].kept if name in said else block.full
+            if widths != {recorded}:
+                every = " and ".join(map(str, sorted(widths)))
+                wrong.append(f"{model}/{name} (width {every}, recorded {recorded})")
+            count["narrower" if recorded < block.full else "whole"] += 1
+    good = f"{count['narrower']} of {count.total()} blocks are narrower, as recorded and configured"
+    return _result("structure", wrong, good)
+
+
 def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]:
     """Compare with the parent: what was not pruned away is bit for bit what the parent has."""
     lineage = Check(
@@ -233,21 +273,77 @@ def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]
     if not graphs and bundle.manifest.stage == "engine":
         return [lineage, _carried(bundle, parent)]
     parents = {weight.key: weight for weight in _weights(parent, open_graphs(parent))}
+    made = _Made.of(bundle, parent)
     plan = bundle.manifest.plan
     pruned = {(p.component, p.name) for p in plan.layers if p.pruned} if plan else set()
     wrong = []
     for weight in _weights(bundle, graphs):
         if weight.key not in parents:
             wrong.append(f"{weight.label} (not in the parent)")
-        elif not _descends(bundle, pruned, weight, parents[weight.key].read()):
-            wrong.append(weight.label)
+        else:
+            before = parents[weight.key].read()
+            for to_what_stayed in made.cuts.get(weight.key, ()):
+                before = to_what_stayed(before)
+            if weight.key in made.refitted:
+                if weight.shape != tuple(before.shape):
+                    wrong.append(weight.label)
+            elif not _descends(bundle, pruned, weight, before):
+                wrong.append(weight.label)
     good = {
-        "pruned": "every weight kept has the parent's bits",
+        "pruned": "every weight kept has the parent's bits"
+        + (f", but in {len(made.refitted)} that were fitted anew" if made.refitted else ""),
         "tuned": "every tensor has the parent's shape; this method moves zeros"
         if _moves_zeros(bundle)
         else "every weight that was pruned is still zero",
     }.get(bundle.manifest.stage, "every weight has the parent's bits after the cast")
     return [lineage, _result("against", wrong, good)]
+
+
+@dataclass
+class _Made:
+    """What became of the parent's tensors in pruning.
+
+    `cuts`: how to make of one what stayed of it. `refitted`: those of which values that stayed were
+    changed, to make up for others.
+    """
+
+    cuts: defaultdict[tuple[str, str], list[Callable[[Tensor], Tensor]]]
+    refitted: set[tuple[str, str]]
+
+    @classmethod
+    def of(cls, bundle: Bundle, parent: Bundle) -> _Made:
+        made, manifest = cls(defaultdict(list), set()), bundle.manifest
+        if manifest.stage != "pruned":
+            return made
+        if manifest.plan:
+            made.refitted = {
+                (layer.component, layer.name)
+                for layer in manifest.plan.layers
+                if layer.criterion and load_criterion(layer.criterion).solve
+            }
+        before = read_record(parent.manifest.details)
+        for model, record in read_record(manifest.details).items():
+            if model not in before:
+                made._narrowed(model, record, bundle, parent)
+        return made
+
+    def _narrowed(
+        self, model: str, record: ComponentStructure, bundle: Bundle, parent: Bundle
+    ) -> None:
+        section = Recipe.model_validate(bundle.manifest.recipe).prune[model].structure
+        refit = section is not None and any(rule.refit for rule in section.rules)
+        catalog = read_catalog(parent.path)
+        config = read_config(catalog.folder(model))
+        for block in find_blocks(model, catalog.shapes(model), config):
+            said = record.blocks[block.name]
+            if not (gone := {*from_ranges(said.removed)}):
+                continue
+            channels = channels_of(block, (u for u in range(block.units) if u not in gone))
+            for part in block.parts:
+                how = partial(cut, part=part, channels=channels, width=block.width)
+                self.cuts[model, part.tensor].append(how)
+            if refit or (said.criterion and load_criterion(said.criterion).group):
+                self.refitted.add((model, block.consumer))
 
 
 def _carried(bundle: Bundle, parent: Bundle) -> Check:

@@ -12,7 +12,7 @@ from export.bench_worker import QUIET, DevicePeak
 from export.pipeline import Geometry
 from export.residency import Components
 from export.specs import COMPONENTS, Sizes, component_spec, make_inputs
-from export.to_onnx import read_config
+from sdcompress.catalog import read_config
 from sdcompress.errors import SdcompressError
 
 
@@ -25,7 +25,7 @@ def main(job_path: str, result_path: str) -> None:
         raise SdcompressError(why)
     feeds = {}
     for component in COMPONENTS:
-        config = read_config(engine, component)
+        config = read_config(engine / component)
         feeds[component] = make_inputs(
             component_spec(component, config),
             config,

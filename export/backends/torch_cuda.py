@@ -24,6 +24,7 @@ from export.backends import (
 )
 from export.specs import MODEL_OF, Sizes, canonical_key, component_spec
 from sdcompress.bundle import Bundle
+from sdcompress.catalog import read_config
 from sdcompress.errors import InputError, SdcompressError, UsageError
 from sdcompress.patterns import Pattern, violations
 from sdcompress.plan import LayerPlan
@@ -159,7 +160,7 @@ class TorchRunner(Runner):
         self._engine, self._component, self._options = engine, component, options
         self._sparse, self._device = frozenset(sparse), device
         self._module: torch.nn.Module | None = None
-        self._programs: dict[tuple[tuple[int, ...], ...], _Program] = {}
+        self._programs: dict[tuple[tuple[int, ...], ...], Program] = {}
         self._weights = 0
 
     def load(self) -> None:
@@ -178,8 +179,7 @@ class TorchRunner(Runner):
         with _explained(self._component):
             module = torch_module(graph)
             packed = self._compress(module)
-            layout = torch.channels_last if self._options.channels_last else torch.preserve_format
-            module.to(self._device, memory_format=layout)  # type: ignore[call-overload]
+            place(module, self._device, self._options)
             for layer, weight in packed.items():
                 replace_weight(layer, weight)
         self._module = module
@@ -218,7 +218,7 @@ class TorchRunner(Runner):
         shapes = tuple(tuple(t.shape) for t in given)
         with torch.inference_mode(), _explained(self._component):
             if shapes not in self._programs:
-                self._programs[shapes] = _Program(self._module, given, self._device, self._options)
+                self._programs[shapes] = Program(self._module, given, self._device, self._options)
             program = self._programs[shapes]
             outputs = program.run(given)
         self.gpu_milliseconds = program.milliseconds
@@ -257,7 +257,15 @@ class TorchRunner(Runner):
         return packed
 
 
-class _Program:
+def place(module: torch.nn.Module, device: str, options: Options) -> torch.nn.Module:
+    """The same module, on the device, laid out as the options say."""
+    import torch
+
+    layout = torch.channels_last if options.channels_last else torch.preserve_format
+    return module.to(device, memory_format=layout)  # type: ignore[no-any-return, call-overload]
+
+
+class Program:
     """A module on inputs of fixed shapes: its places on the device, and a CUDA graph of it.
 
     `milliseconds` is between events right before and after the last run, copies left out.
@@ -395,13 +403,12 @@ def mac_share(bundle: Path, component: str, keys: Sequence[str], sizes: Sizes) -
     Of one run of the component at `sizes`; see `export.torch_module.layer_macs`.
     """
     from export.pipeline import Geometry
-    from export.to_onnx import read_config
     from export.torch_module import layer_macs
 
     _, height, width = Geometry.read(bundle).latent_shape(sizes.height, sizes.width)
     macs = layer_macs(
         component,
-        read_config(bundle, component),
+        read_config(bundle / component),
         batch=sizes.batch(component),
         height=height,
         width=width,
@@ -426,14 +433,14 @@ def _sparse_kernels(
 
     plan = source.manifest.plan
     pruned = sum(layer.pruned for layer in plan.layers) if plan else 0
-    geometry = Geometry.read(source.path)
-    _, height, width = geometry.latent_shape(sizes.height, sizes.width)
     parts = [f"{share:.0%} in {component}" for component, share in shares.items()]
     if options.sparse == "off":
         how = "sparse kernels were switched off"
     elif not parts:
         how = f"cuSPARSELt takes 2:4 Linear layers in fp16, sides multiples of {MULTIPLE}; no such"
     else:
+        geometry = Geometry.read(source.path)
+        _, height, width = geometry.latent_shape(sizes.height, sizes.width)
         pixels = f"{height * geometry.scale}×{width * geometry.scale}"
         how = (
             f"cuSPARSELt, Linear layers only; share of the multiply-adds of all Linear and Conv "

@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from sdcompress.bundle import Bundle
-from sdcompress.criteria import STATISTICS, load_criterion
+from sdcompress.criteria import STATISTICS, for_weights, load_criterion
 from sdcompress.prune import prune
 from sdcompress.recipe import Recipe
-from sdcompress.registry import names
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-LOOKING = [name for name in names("criteria") if load_criterion(name).needs & STATISTICS]
+LOOKING = [name for name in for_weights() if load_criterion(name).needs & STATISTICS]
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])

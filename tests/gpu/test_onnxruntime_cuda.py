@@ -10,8 +10,8 @@ import pytest
 from export.backends import load_backend, open_component
 from export.bench import bench
 from export.specs import COMPONENTS, component_spec, make_inputs
-from export.to_onnx import read_config
 from sdcompress.bundle import Bundle
+from sdcompress.catalog import read_config
 
 ort = pytest.importorskip("onnxruntime")
 CUDA = "CUDAExecutionProvider"
@@ -39,7 +39,7 @@ def engines(
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_gpu_computes_what_the_cpu_computes(engines: dict[str, Bundle], component: str) -> None:
-    config = read_config(engines["cpu"].path, component)
+    config = read_config(engines["cpu"].path / component)
     feeds: dict[str, Any] = make_inputs(component_spec(component, config), config, "fp16")
     answers = {}
     for provider in ("cpu", "cuda"):

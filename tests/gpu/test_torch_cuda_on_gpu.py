@@ -13,8 +13,8 @@ from export.backends.torch_cuda import BACKEND, FIRST_CAPABILITY, Options, Torch
 from export.bench import bench
 from export.pipeline import generate
 from export.specs import COMPONENTS, component_spec, make_inputs
-from export.to_onnx import read_config
 from sdcompress.bundle import Bundle
+from sdcompress.catalog import read_config
 from sdcompress.evaluation.images import psnr
 
 FP16 = 2e-2  # of root mean squares; as `verify` allows fp16 to differ
@@ -37,7 +37,7 @@ def _sparse_cores() -> None:
 
 
 def inputs(engine: Path, component: str, batch: int = 2) -> dict[str, Any]:
-    config = read_config(engine, component)
+    config = read_config(engine / component)
     spec = component_spec(component, config)
     return make_inputs(spec, config, "fp16", batch=batch, height=16, width=8)
 

@@ -12,8 +12,9 @@ import torch
 from export.backends import load_backend, torch_cuda
 from export.backends.torch_cuda import BACKEND, Options, TorchRunner
 from export.specs import Sizes, component_spec, make_inputs
-from export.to_onnx import export_bundle, read_config
+from export.to_onnx import export_bundle
 from sdcompress.bundle import Bundle
+from sdcompress.catalog import read_config
 from sdcompress.errors import InputError, UsageError
 from tests.unit.test_torch_cuda import Dense24
 
@@ -31,7 +32,7 @@ def built(onnx: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def inputs(engine: Path, component: str) -> dict[str, Any]:
-    config = read_config(engine, component)
+    config = read_config(engine / component)
     return make_inputs(component_spec(component, config), config, "fp16", height=12, width=8)
 
 

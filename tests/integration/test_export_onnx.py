@@ -16,10 +16,10 @@ import torch
 from export import to_onnx
 from export.graph import open_graphs
 from export.specs import COMPONENTS, OPSET
-from export.to_onnx import MODEL, build_skeleton, export_bundle, read_config
+from export.to_onnx import MODEL, build_skeleton, export_bundle
 from export.weight_map import DATA, WEIGHT_MAP, WeightMap
 from sdcompress.bundle import Bundle, SourceRecord
-from sdcompress.catalog import read_catalog
+from sdcompress.catalog import read_catalog, read_config
 from sdcompress.errors import InputError, UsageError
 from tests.tiny_sd import make_tiny_sd
 
@@ -139,7 +139,7 @@ def test_the_skeleton_does_not_depend_on_the_values_it_was_traced_with(
     exported: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If it did, a weight would hide in what is taken for a constant."""
-    config = read_config(exported.path, "text_encoder")
+    config = read_config(exported.path / "text_encoder")
     reference = build_skeleton("text_encoder", config, "fp32")
     make = np.random.default_rng
     monkeypatch.setattr(to_onnx.np.random, "default_rng", lambda seed: make(seed + 1))
@@ -161,7 +161,7 @@ def test_equal_tensors_are_not_merged(exported: Bundle, tmp_path: Path) -> None:
 
 def test_older_opsets_are_refused(exported: Bundle) -> None:
     with pytest.raises(UsageError, match="opset 17"):
-        build_skeleton("unet", read_config(exported.path, "unet"), "fp32", opset=17)
+        build_skeleton("unet", read_config(exported.path / "unet"), "fp32", opset=17)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_optimum_draws_diffusers_picture(
 def test_a_cached_graph_is_the_one_that_tracing_gives(
     tiny_sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = read_config(tiny_sd, "vae")
+    config = read_config(tiny_sd / "vae")
     warm = build_skeleton("vae_decoder", config, "fp32")
     to_onnx._build_skeleton.cache_clear()
     with monkeypatch.context() as patch:

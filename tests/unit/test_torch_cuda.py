@@ -14,7 +14,7 @@ from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 from export.backends import load_backend, torch_cuda
-from export.backends.torch_cuda import BACKEND, MULTIPLE, Options, _Program, sparse_layers
+from export.backends.torch_cuda import BACKEND, MULTIPLE, Options, Program, sparse_layers
 from export.torch_module import layer_macs
 from sdcompress.bundle import Bundle, Manifest, SourceRecord, seal
 from sdcompress.errors import InputError, SdcompressError, UsageError
@@ -240,7 +240,7 @@ def test_a_sparse_weight_takes_strided_images(pack: list[tuple[int, ...]]) -> No
     weight = module.linear.weight.detach()
     torch_cuda.replace_weight(module.linear, torch_cuda._pack(weight))
     with torch.inference_mode():
-        program = _Program(module, [image], "cpu", Options())
+        program = Program(module, [image], "cpu", Options())
         (found,) = program.run([image])
     assert pack == [(30, 16)]
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
@@ -319,7 +319,7 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
     cuda = FakeCuda(monkeypatch)
     one, two = torch.ones(2), torch.full((2,), 5.0)
     with torch.inference_mode():
-        program = _Program(Doubling(cuda.log), [one], CPU_AS_GPU, Options())
+        program = Program(Doubling(cuda.log), [one], CPU_AS_GPU, Options())
         streams = ["wait_stream", *["run"] * torch_cuda.WARM_UP, "wait_stream"]
         assert cuda.log == ["run", *streams, "capture", "run"]
         cuda.log.clear()
@@ -334,7 +334,7 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
 def test_without_a_graph_every_run_starts_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     with torch.inference_mode():
-        program = _Program(
+        program = Program(
             Doubling(cuda.log), [torch.ones(2)], CPU_AS_GPU, Options(cuda_graph=False)
         )
         cuda.log.clear()
@@ -345,7 +345,7 @@ def test_without_a_graph_every_run_starts_the_kernels(monkeypatch: pytest.Monkey
 def test_what_cannot_be_captured_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCuda(monkeypatch, fail="operation not permitted\nwhen stream is capturing")
     with pytest.raises(SdcompressError, match="cuda_graph=false") as caught:
-        _Program(Doubling([]), [torch.ones(2)], CPU_AS_GPU, Options())
+        Program(Doubling([]), [torch.ones(2)], CPU_AS_GPU, Options())
     assert "(operation not permitted)" in str(caught.value)
     assert "\n" not in str(caught.value)
 
