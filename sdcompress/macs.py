@@ -50,7 +50,7 @@ def component_macs(
         matrix = name.endswith(".weight") and len(shape) in (2, 4)
         if matrix and not name.endswith("embedding.weight"):
             macs[name] = _positions(component, name, config, sizes) * math.prod(shape)
-        if match := re.fullmatch(r"(.*)\.(?:to_out\.0|out_proj)\.weight", name):
+        if match := re.fullmatch(r"(.*)\.(?:to_out\.0|out_proj|proj_attn)\.weight", name):
             queries = _positions(component, name, config, sizes)
             cross = match[1].endswith(".attn2")
             macs[match[1]] = 2 * queries * (sizes.tokens if cross else queries) * shape[1]

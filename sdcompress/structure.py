@@ -86,7 +86,8 @@ class Block:
 class BlockRecord(BaseModel):
     """What became of one block; `width` and `kept` count channels, `removed` names units.
 
-    `asked` is the share of the units that was to go, None where a budget decided.
+    `asked` is the share of the units that was to go, None where a budget decided; `criterion` is
+    None for a block that no rule spoke of.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,7 +97,7 @@ class BlockRecord(BaseModel):
     width: int
     kept: int
     asked: float | None
-    criterion: str
+    criterion: str | None
     removed: str  # "0-3,7"
 
 
@@ -225,6 +226,35 @@ def cut(tensor: Tensor, part: Part, channels: Sequence[int], width: int) -> Tens
 
     index = [copy * width + channel for copy in range(part.copies) for channel in channels]
     return tensor.index_select(part.axis, torch.tensor(index, device=tensor.device))
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What stayed of a tensor: these of the `width` channels of a block that it is a part of."""
+
+    part: Part
+    channels: tuple[int, ...]
+    width: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return cut(tensor, self.part, self.channels, self.width)
+
+
+def remains(blocks: Iterable[Block], record: ComponentStructure) -> dict[str, Remains]:
+    """What stayed, by the record, of each tensor of a model whose blocks are these.
+
+    A block that is not as wide as it was before, so one of a model that has lost it, says nothing.
+    """
+    found = {}
+    for block in blocks:
+        known = record.blocks.get(block.name)
+        if known is None or known.kept == known.width or known.width != block.width:
+            continue
+        gone = set(from_ranges(known.removed))
+        channels = channels_of(block, (unit for unit in range(block.units) if unit not in gone))
+        for part in block.parts:
+            found[part.tensor] = Remains(part, tuple(channels), block.width)
+    return found
 
 
 def to_ranges(numbers: Iterable[int]) -> str:

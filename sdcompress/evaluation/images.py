@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdcompress.catalog import COMPONENTS
 from sdcompress.errors import InputError, UsageError, VerificationError
+from sdcompress.models import modules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +89,8 @@ def picture_size(model: Path, height: int | None, width: int | None) -> tuple[in
 def load_pipeline(model: Path, dtype: str = "fp32", device: Any = "cpu") -> Any:
     """The diffusers pipeline of a directory, without its safety checker and progress bars.
 
-    `dtype` is fp32, fp16 or bf16.
+    Components of which blocks have become narrower are built as their configs say. `dtype` is fp32,
+    fp16 or bf16.
     """
     import torch
     from diffusers import StableDiffusionPipeline
@@ -95,6 +98,12 @@ def load_pipeline(model: Path, dtype: str = "fp32", device: Any = "cpu") -> Any:
 
     disable_progress_bar()
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    narrow = {
+        # Not by diffusers' own `to`, which warns of what must stay fp32: nothing here.
+        component: torch.nn.Module.to(modules.load(model / component, component), kinds[dtype])
+        for component in COMPONENTS
+        if modules.is_narrow(model / component)
+    }
     with warnings.catch_warnings():
         # diffusers calls the argument `dtype` from 0.42 on and takes either.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
@@ -104,6 +113,7 @@ def load_pipeline(model: Path, dtype: str = "fp32", device: Any = "cpu") -> Any:
             safety_checker=None,
             requires_safety_checker=False,
             local_files_only=True,
+            **narrow,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from sdcompress.bundle import link_or_copy, sha256_file
 from sdcompress.catalog import model_files, weight_files
 from sdcompress.errors import InputError, UsageError
 from sdcompress.models.checks import PICKLED
+from sdcompress.models.modules import is_narrow
 from sdcompress.safetensors_io import StreamWriter, raw_bytes, read_header, read_tensor
 
 if TYPE_CHECKING:
@@ -109,9 +110,10 @@ def merge(model: Path, loras: Sequence[Lora], directory: Path) -> None:
         for file in weight_files(model / component)
         for name, info in read_header(file).tensors.items()
     }
+    narrower = {component for component in _COMPONENTS if is_narrow(model / component)}
     changes: dict[tuple[str, str], list[_Change]] = {}
     for lora in loras:
-        for weight, change in _changes(lora, shapes).items():
+        for weight, change in _changes(lora, shapes, narrower).items():
             changes.setdefault(weight, []).append(change)
     rewritten = set()
     for component in _COMPONENTS:
@@ -125,7 +127,7 @@ def merge(model: Path, loras: Sequence[Lora], directory: Path) -> None:
 
 
 def _changes(
-    lora: Lora, shapes: Mapping[tuple[str, str], tuple[int, ...]]
+    lora: Lora, shapes: Mapping[tuple[str, str], tuple[int, ...]], narrower: Collection[str]
 ) -> dict[tuple[str, str], _Change]:
     """(component, state-dict key) → what the LoRA adds to that weight."""
     tensors, settings = _read(lora.file)
@@ -158,10 +160,13 @@ def _changes(
         rank, shape = down.shape[0], shapes[weight]
         fits = (up.shape[0], up.shape[1], down.shape[1]) == (shape[0], rank, math.prod(shape[1:]))
         if not fits:
+            fix = "use one trained on the same Stable Diffusion"
+            if weight[0] in narrower:
+                fix = "this model has lost blocks, merge the LoRA into the one it was made from"
             raise InputError(
                 f"{lora.file}: expected a LoRA for this model, but its change to {name} is "
                 f"{up.shape[0]}×{down.shape[1]} and the weight {shape[0]}×{math.prod(shape[1:])}; "
-                "use one trained on the same Stable Diffusion"
+                f"{fix}"
             )
         alpha = float(parts["alpha"]) if "alpha" in parts else settings.alpha(weight, rank)
         changes[weight] = _Change(lora, up, down, lora.scale * alpha / rank)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,33 +212,37 @@ def load(folder: Path, component: str) -> nn.Module:
         InputError: the weights do not fit the config.
     """
     from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors.torch import load_file
-    from transformers import CLIPTextModel
 
-    config = read_config(folder)
-    if not config.get(KEY):
-        classes: dict[str, Any] = {
-            "text_encoder": CLIPTextModel,
-            "unet": UNet2DConditionModel,
-            "vae": AutoencoderKL,
-        }
-        loaded: nn.Module = classes[component].from_pretrained(folder)
-        return loaded.eval()
     with init_empty_weights():  # buffers stay, which no file has
-        module = build(component, config)
-    names = {spelling: key for key in module.state_dict() for spelling in (key, f"{PREFIX}{key}")}
+        module = build(component, read_config(folder))
+    names = {spelling: key for key in module.state_dict() for spelling in _spellings(key)}
     state = {
         names.get(key, key): value
         for file in weight_files(folder)
         for key, value in load_file(file).items()
-        if not key.endswith("position_ids")  # old files have them, modules make their own
     }
+    reason = ""
     try:
-        module.load_state_dict(state, assign=True)
+        # Old files hold more: position_ids, which modules make their own of.
+        missing = module.load_state_dict(state, strict=False, assign=True).missing_keys
+        reason = f"there is no {missing[0]}" if missing else ""
     except RuntimeError as e:
-        reason = str(e).splitlines()[-1].strip()
+        reason = str(e).splitlines()[-1].strip().rstrip(".")
+    if reason:
         raise InputError(
-            f"{folder}: the weights do not fit config.json ({reason}); make the bundle again"
-        ) from e
+            f"{folder}: the weights do not fit config.json ({reason}); download or make the model "
+            "again"
+        )
     return module.eval()
+
+
+def _spellings(key: str) -> Iterator[str]:
+    """A tensor's name as modules have it, and those that files can have for it."""
+    yield from (key, f"{PREFIX}{key}", key.removeprefix(PREFIX))
+    if match := re.fullmatch(r"(.*\.attentions\.\d+\.)(to_[qkv]|to_out\.0)(\..*)", key):
+        yield f"{match[1]}{_OLD_VAE_NAMES[match[2]]}{match[3]}"
+
+
+# What diffusers before 0.18 called the parts of a VAE's attention; SD2's files are that old.
+_OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

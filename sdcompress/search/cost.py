@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from sdcompress.bundle import Bundle, to_json, tool_versions, write_json
+from sdcompress.catalog import read_config
 from sdcompress.evaluation.files import contents
 from sdcompress.evaluation.images import picture_size
+from sdcompress.models.modules import build
 from sdcompress.plan import Accounting, SparsityPlan, account
 from sdcompress.search.bisect import Record
 
@@ -77,8 +78,8 @@ def weigh(dense: Bundle, recipe: Recipe | None, settings: QualitySettings, work:
     folder.mkdir(parents=True)
     model = prune_in_rounds(dense, recipe, folder / "pruned") if recipe else dense
     packed = pack(model, folder / "packed.sdz").packed_bytes
+    macs, plan = picture_macs(model.path, settings), model.manifest.plan if recipe else None
     shutil.rmtree(folder)
-    macs, plan = picture_macs(dense.path, settings), model.manifest.plan if recipe else None
     accounting = account(plan) if plan else None
     cost = Cost(
         zeros=accounting.pipeline.zeros if accounting else 0,
@@ -98,7 +99,7 @@ class Macs(Record):
 
 
 def picture_macs(model: Path, settings: QualitySettings) -> dict[str, Macs]:
-    """What the dense model computes for one picture: component → Macs, layers by their module.
+    """What a model computes for one picture, zeros or not: component → Macs, layers by module.
 
     The text encoder reads the prompt once, the UNet runs once a step, the VAE decodes once; with
     guidance the first two work for two branches. Every product counts, those of attention and those
@@ -108,14 +109,10 @@ def picture_macs(model: Path, settings: QualitySettings) -> dict[str, Macs]:
         UsageError: a size that does not fit the model.
     """
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch import nn
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(model / "text_encoder"))
-        unet = UNet2DConditionModel.from_config(_config(model / "unet"))
-        vae = AutoencoderKL.from_config(_config(model / "vae"))
+        text_encoder, unet, vae = _modules(model)
         decode = nn.Sequential()  # in place of vae.decode, which is no module that is called
         for name in ("post_quant_conv", "decoder"):
             if part := getattr(vae, name):
@@ -133,8 +130,10 @@ def picture_macs(model: Path, settings: QualitySettings) -> dict[str, Macs]:
         }
 
 
-def _config(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _modules(model: Path) -> tuple[Any, Any, Any]:
+    parts = ("text_encoder", "unet", "vae")
+    text_encoder, unet, vae = (build(part, read_config(model / part)) for part in parts)
+    return text_encoder, unet, vae
 
 
 def _count(module: nn.Module, times: int, *inputs: Tensor) -> Macs:

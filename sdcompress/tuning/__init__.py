@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcompress import registry
 from sdcompress.bundle import Bundle, locked, refuse_existing
+from sdcompress.catalog import read_catalog
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.processes import processes
 from sdcompress.models.captioned import require_folder
 from sdcompress.plan import SparsityPlan
 from sdcompress.recipe import Tune
+from sdcompress.structure import read_record
 from sdcompress.tuning._job import TUNABLE, Job, Progress, load_models, silent, state_key
-from sdcompress.tuning._lineage import check_lineage, find_dense
+from sdcompress.tuning._lineage import check_lineage, find_dense, lost_blocks
 from sdcompress.tuning._log import log_path, require_tensorboard
-from sdcompress.tuning._write import write_bundle
+from sdcompress.tuning._write import moves_masks, write_bundle
 
 __all__ = ["check", "check_lineage", "find_dense", "tune"]
 
@@ -66,7 +68,7 @@ def tune(
             f"{parent.path}: expected a pruned bundle, found stage {parent.manifest.stage}; "
             "run `sdcompress prune` first"
         )
-    components = check(plan, settings)
+    components = check(plan, settings, _narrower(parent))
     check_lineage(parent, dense)
     accelerator = _accelerator(settings)
     main = accelerator.is_main_process
@@ -90,8 +92,10 @@ def tune(
     return Bundle.open(out)
 
 
-def check(plan: SparsityPlan, settings: Tune) -> tuple[str, ...]:
+def check(plan: SparsityPlan, settings: Tune, narrower: Collection[str] = ()) -> tuple[str, ...]:
     """The components to tune: those asked for, else all that are pruned and can be tuned.
+
+    `narrower` are those that lose whole blocks, with or without single weights beside.
 
     Raises:
         UsageError: the settings do not fit the plan, or something is not there that they need.
@@ -101,6 +105,13 @@ def check(plan: SparsityPlan, settings: Tune) -> tuple[str, ...]:
     if settings.images is not None:
         require_folder(Path(settings.images))
     pruned = {p.component for p in plan.layers if p.pruned}
+    if not moves_masks(settings.method):
+        pruned |= {*narrower}
+    elif narrower and not pruned:
+        raise UsageError(
+            f"tune: {settings.method} moves zeros, and here whole neurons, heads and channels go "
+            "and no single weight; use distill or finetune"
+        )
     for component in settings.components:
         if component not in pruned & set(TUNABLE):
             why = "is not pruned" if component in TUNABLE else "cannot be tuned"
@@ -115,6 +126,15 @@ def check(plan: SparsityPlan, settings: Tune) -> tuple[str, ...]:
             "only; prune one of them first"
         )
     return chosen
+
+
+def _narrower(parent: Bundle) -> set[str]:
+    """The components of which blocks have become narrower."""
+    return {
+        component
+        for component, record in read_record(parent.manifest.details).items()
+        if any(block.kept < block.width for block in record.blocks.values())
+    }
 
 
 def _accelerator(settings: Tune) -> Accelerator:
@@ -175,4 +195,23 @@ def _make_job(
             state_key(component, p.name, state): p for p in plan.of(component) if p.pruned
         }
         masks[component] = {key: state[key] != 0 for key in layers[component]}
-    return Job(settings, parent, dense, plan, components, students, layers, masks, accelerator)
+    lost = lost_blocks(parent, read_catalog(dense.path))
+    remains = {
+        component: {
+            state_key(component, name, students[component].state_dict()): what
+            for name, what in lost.get(component, {}).items()
+        }
+        for component in components
+    }
+    return Job(
+        settings,
+        parent,
+        dense,
+        plan,
+        components,
+        students,
+        layers,
+        masks,
+        accelerator,
+        remains=remains,
+    )

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.bundle import Bundle
+from sdcompress.models import modules
 from sdcompress.models.defaults import sampling_defaults
 from sdcompress.models.prompts import prompts_for
 from sdcompress.plan import LayerPlan, SparsityPlan
 from sdcompress.recipe import Tune
+from sdcompress.structure import Remains
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +41,8 @@ class Job:
     checkpoint: the file that `_loop.fit` keeps its state in; removed when the bundle is sealed.
     log: where the loss goes: a CSV file, or a folder of TensorBoard's.
     details: what a method wants told in the manifest; facts, no times.
+    remains: component -> state-dict key -> what stayed of each tensor that is narrower than the
+        dense model's.
     """
 
     settings: Tune
@@ -54,11 +58,17 @@ class Job:
     log: Path = Path("log.csv")
     progress: Progress = silent
     details: dict[str, Any] = field(default_factory=dict)
+    remains: dict[str, dict[str, Remains]] = field(default_factory=dict)
 
     @cached_property
     def teachers(self) -> dict[str, Module]:
         """The dense model's text_encoder and unet: fp32, frozen, loaded when first asked for."""
         return load_models(self.dense.path, self.accelerator.device)
+
+    def left_of(self, component: str, key: str, dense: Tensor) -> Tensor:
+        """What the student can have of one of the teachers' tensors."""
+        remains = self.remains.get(component, {}).get(key)
+        return remains.of(dense) if remains else dense
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -95,18 +105,10 @@ class Job:
 
 def load_models(path: Path, device: Any) -> dict[str, Module]:
     """text_encoder and unet of a diffusers directory in fp32, frozen."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of its own; ours are on terminals only
-
-    classes: dict[str, Any] = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
-    models: dict[str, Module] = {}
-    for name in TUNABLE:
-        model = classes[name].from_pretrained(path / name).float()
-        models[name] = model.requires_grad_(False).eval().to(device)
-    return models
+    return {
+        name: modules.load(path / name, name).float().requires_grad_(False).to(device)
+        for name in TUNABLE
+    }
 
 
 def state_key(component: str, name: str, keys: Any) -> str:

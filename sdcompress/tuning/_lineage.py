@@ -7,10 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdcompress.bundle import Bundle, SourceRecord
-from sdcompress.catalog import read_catalog
+from sdcompress.catalog import Catalog, read_catalog, read_config
 from sdcompress.errors import InputError, SdcompressError, UsageError
 from sdcompress.models.sources import resolve
 from sdcompress.safetensors_io import TensorInfo, read_tensor
+from sdcompress.structure import Remains, find_blocks, read_record, remains
 
 DENSE = "dense"  # in a tuned bundle's details: the digest of the model it was distilled from
 
@@ -82,22 +83,43 @@ def _difference(parent: Bundle, dense: Bundle) -> str | None:
     import torch
 
     assert parent.manifest.plan is not None
-    pruned = {(p.component, p.name) for p in parent.manifest.plan.layers if p.pruned}
-    before = dict(_tensors(dense.path))
-    for key, info in _tensors(parent.path):
+    changed = {(p.component, p.name) for p in parent.manifest.plan.layers if p.pruned}
+    catalog = read_catalog(dense.path)
+    before, lost = dict(_tensors(catalog)), lost_blocks(parent, catalog)
+    for key, info in _tensors(read_catalog(parent.path)):
         name = "/".join(key)
         other = before.get(key)
         if other is None:
             return f"it has no {name}"
-        if (info.shape, info.dtype) != (other.shape, other.dtype):
+        if info.dtype != other.dtype:
             return f"{name} is {other.dtype} {list(other.shape)} there"
-        if key not in pruned and not torch.equal(read_tensor(info), read_tensor(other)):
+        left = lost.get(key[0], {}).get(key[1])
+        if not left and info.shape != other.shape:
+            return f"{name} is {other.dtype} {list(other.shape)} there"
+        # What takes a block's numbers may have been fitted to what stays of them.
+        if key in changed or (left and left.part.axis):
+            continue
+        value = read_tensor(other)
+        if not torch.equal(read_tensor(info), left.of(value) if left else value):
             return f"{name} differs"
     return None
 
 
-def _tensors(model: Path) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
-    for component, headers in read_catalog(model).headers.items():
+def lost_blocks(parent: Bundle, catalog: Catalog) -> dict[str, dict[str, Remains]]:
+    """Component → tensor → what stayed of the dense model's, of those that `parent` has smaller.
+
+    `catalog` is the dense model's.
+    """
+    found = {}
+    for component, record in read_record(parent.manifest.details).items():
+        config = read_config(catalog.folder(component))
+        blocks = find_blocks(component, catalog.shapes(component), config)
+        found[component] = remains(blocks, record)
+    return found
+
+
+def _tensors(catalog: Catalog) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
+    for component, headers in catalog.headers.items():
         for header in headers:
             for name, info in header.tensors.items():
                 yield (component, name), info

@@ -1,7 +1,8 @@
 """LoRA on pruned layers: low-rank changes (Hu et al. 2021, arXiv 2106.09685) that keep the zeros.
 
 `Adapters(job)` is the keeper of `_loop.fit` where `settings.lora_rank` is set. A pruned layer with
-the weight W and the mask m computes, while it is tuned and after the merge alike, with
+the weight W and the mask m (all of it, in a block that is narrower and else as it was) computes,
+while it is tuned and after the merge alike, with
 
     W + m ⊙ (B·A)        A: [rank, in], B: [out, rank]; of a convolution A is a convolution to rank
                          channels and B one of 1×1 that follows it
@@ -63,6 +64,17 @@ class _MaskedConv2d(_Masked, Conv2d):
     pass
 
 
+def _masks(job: Job, component: str) -> dict[str, Tensor]:
+    """Of every weight that gets adapters: one that stays whole has a single True."""
+    state = job.students[component].state_dict()
+    whole = {
+        key: torch.ones((), dtype=torch.bool, device=state[key].device)
+        for key in job.remains.get(component, {})
+        if state[key].dim() > 1
+    }
+    return whole | job.masks[component]
+
+
 class Adapters:
     """Puts adapters on the pruned layers of the components that are tuned, and freezes all else.
 
@@ -79,7 +91,7 @@ class Adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded(job.settings.seed, "lora").initial_seed())
             for component in job.components:
-                model, masks = job.students[component], job.masks[component]
+                model, masks = job.students[component], _masks(job, component)
                 names = [key.removesuffix(".weight") for key in masks]
                 # A list would also match every module whose name ends like one of it.
                 targets = "|".join(map(re.escape, names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from sdcompress.safetensors_io import (
     read_header,
     read_tensor,
 )
+from sdcompress.structure import RECORD
 from sdcompress.tuning._job import Job, state_key
 from sdcompress.tuning._lineage import DENSE
 
@@ -48,7 +50,11 @@ def write_bundle(job: Job, out: Path, *, replace: bool, log: dict[str, Any]) -> 
     """
     parent = job.parent.manifest
     catalog = read_catalog(job.parent.path)
-    records = {c: dict(tensors) for c, tensors in parent.tensors.items()}
+    # What only lost blocks comes without records.
+    records = {
+        component: dict(parent.tensors.get(component) or _records(headers))
+        for component, headers in catalog.headers.items()
+    }
     underflow: dict[str, dict[str, int]] = defaultdict(dict)
     with staging(out, replace=replace) as work:
         for component in job.components:
@@ -68,7 +74,6 @@ def write_bundle(job: Job, out: Path, *, replace: bool, log: dict[str, Any]) -> 
         if short := shortfalls(plan, Recipe.model_validate(recipe)):
             raise SdcompressError(f"{short[0]} after tuning; please report this")
         _check_written(job, work)
-        moves = getattr(registry.load("tuning", job.settings.method), "MOVES_MASKS", False)
         manifest = Manifest(
             stage="tuned",
             parent=job.parent.digest,
@@ -79,8 +84,9 @@ def write_bundle(job: Job, out: Path, *, replace: bool, log: dict[str, Any]) -> 
             tensors=records,
             details={
                 DENSE: job.dense.digest,
-                "masks": "moved" if moves else "fixed",
+                "masks": "moved" if moves_masks(job.settings.method) else "fixed",
                 "underflow_zeros": {c: lost for c, lost in underflow.items() if lost},
+                **{fact: parent.details[fact] for fact in (RECORD,) if fact in parent.details},
                 **job.details,
             },
         )
@@ -88,6 +94,11 @@ def write_bundle(job: Job, out: Path, *, replace: bool, log: dict[str, Any]) -> 
         seal(work, manifest, linked=linked)
         write_json(work / LOG, log)
     return Bundle.open(out)
+
+
+def moves_masks(method: str) -> bool:
+    """Whether zeros are elsewhere when a method is done."""
+    return bool(getattr(registry.load("tuning", method), "MOVES_MASKS", False))
 
 
 def _write_file(
@@ -113,6 +124,14 @@ def _write_file(
             writer.write(info, raw_bytes(value))
             records[info.name] = record_tensor(value, info.dtype, pruned=pruned)
     return underflow
+
+
+def _records(headers: Iterable[Header]) -> dict[str, TensorRecord]:
+    return {
+        info.name: record_tensor(read_tensor(info), info.dtype, pruned=False)
+        for header in headers
+        for info in header.tensors.values()
+    }
 
 
 def _cast(value: Tensor, like: Tensor, info: TensorInfo) -> Tensor:

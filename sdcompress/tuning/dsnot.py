@@ -55,11 +55,11 @@ def tune(job: Job) -> None:
     for done, (component, key, layer) in enumerate(layers, 1):
         pattern = parse_pattern(layer.pattern or "")
         student = job.students[component].get_parameter(key)
-        dense = job.teachers[component].get_parameter(key)
+        dense = job.left_of(component, key, job.teachers[component].get_parameter(key))
         mask = job.masks[component][key]
         recorded = statistics[component][layer.name]
         mean, var, sq_norm = (
-            grouped(recorded[name].to(place), pattern)
+            grouped(_inputs_left(job, component, key, recorded[name]).to(place), pattern)
             for name in ("input_mean", "input_var", "input_sq_norm")
         )
         weight, original = (
@@ -83,6 +83,12 @@ def tune(job: Job) -> None:
             student.copy_(ungrouped(changed, layer.shape, pattern))
         job.progress("exchanging", done, len(layers))
     job.details |= {"swaps": swaps, "expected_square_error": {"before": before, "after": after}}
+
+
+def _inputs_left(job: Job, component: str, key: str, statistic: Tensor) -> Tensor:
+    """Of [1, in, ...]: what a layer is still given, where its inputs have become fewer."""
+    remains = job.remains.get(component, {}).get(key)
+    return remains.of(statistic) if remains and remains.part.axis == 1 else statistic
 
 
 def exchange(

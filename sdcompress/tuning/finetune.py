@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.evaluation.images import load_scheduler
+from sdcompress.models import modules
 from sdcompress.models.captioned import Captioned, load_picture, read_folder
 from sdcompress.models.denoising import EMPTY, native_size, noised, seeded, training_scheduler
 from sdcompress.tuning._job import Job
@@ -54,16 +55,14 @@ class Pictures:
     """
 
     def __init__(self, job: Job) -> None:
-        from diffusers import AutoencoderKL
-
         self._job = job
         model = job.dense.path
         self._scheduler = training_scheduler(
             load_scheduler(model / "scheduler").config, "tune this model with distill"
         )
         self._pictures = _read_folder(job)
-        self._vae = AutoencoderKL.from_pretrained(model / "vae").float()
-        self._vae.requires_grad_(False).eval().to(job.accelerator.device)
+        self._vae: Any = modules.load(model / "vae", "vae").float().requires_grad_(False)
+        self._vae.to(job.accelerator.device)
         unet: Any = job.students["unet"]
         self._size = native_size(unet.config, self._vae.config)
         self._posteriors: dict[int, tuple[Tensor, Tensor]] = {}

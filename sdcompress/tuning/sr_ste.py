@@ -66,7 +66,8 @@ class MovingMasks:
             dense = job.teachers[component].state_dict()
             for key, plan in job.layers[component].items():
                 module = job.students[component].get_submodule(key.removesuffix(".weight"))
-                layer = _Layer.prepare(module, dense[key], job.masks[component][key], plan)
+                below = job.left_of(component, key, dense[key])
+                layer = _Layer.prepare(module, below, job.masks[component][key], plan)
                 self._layers[component, key] = layer
 
     def after_backward(self) -> None:

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sdcompress.models import modules
+
 _UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
@@ -129,18 +131,12 @@ def tensor_shapes(component: str, config: dict[str, Any]) -> dict[str, tuple[int
     newer transformers classes have dropped.
     """
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
-        if component == "text_encoder":
-            model: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**config))
-        else:
-            classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-            model = classes[component].from_config(config)
+        model = modules.build(component, config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if component == "text_encoder":
-        shapes = {f"text_model.{k.removeprefix('text_model.')}": s for k, s in shapes.items()}
+        shapes = {f"{modules.PREFIX}{k.removeprefix(modules.PREFIX)}": s for k, s in shapes.items()}
     return shapes
 
 
