@@ -21,7 +21,7 @@ EXTRAS_dev := $(RUNTIME),optimum,rtx,test,dev
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo         prune, export, prove and measure the shipped model; a page in $(OUT)/"
+	@echo "make demo         make the shipped model faster, prove and measure it; a page in $(OUT)/"
 	@echo "make test         all tests (GPU and browser tests skip with a reason where there is none)"
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make wheel-check  build the wheel, install it clean, run it"
@@ -29,7 +29,7 @@ help:
 	@echo "make clean        remove the environment and what the demo wrote"
 
 demo: $(VENV)/.installed-demo-$(RUNTIME)
-	$(BIN)/sdcompress run demo -o $(OUT)
+	$(BIN)/sdcompress run edge -o $(OUT)
 	@echo "The page: $(OUT)/report.html"
 
 test: $(VENV)/.installed-test-$(RUNTIME)

@@ -64,12 +64,15 @@ class SparsityPlan(BaseModel):
     """Every tensor of every component, in file order, with the total of parameters of each.
 
     `parameters` counts all of a component's numbers, also those no rule can reach (biases, norms).
+    `removed` counts those that are not among them any more, for every component whose blocks are
+    made narrower (see `structure`): None where a budget has still to decide.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[LayerPlan, ...]
     parameters: dict[str, int]
+    removed: dict[str, int | None] = {}
 
     def of(self, component: str) -> tuple[LayerPlan, ...]:
         return tuple(p for p in self.layers if p.component == component)
@@ -77,6 +80,9 @@ class SparsityPlan(BaseModel):
 
 class ComponentSparsity(BaseModel):
     """The sparsities of one component, or of several together; all fractions of 0..1.
+
+    They are fractions of the `parameters` that are left, which those that went with a block
+    (`removed`, None where a budget has still to decide) are not among.
 
     asked: what the recipe says, over all parameters (the published studies' "nominal" figure).
     of_layers_pruned: zeros among the weights of the pruned layers.
@@ -86,6 +92,7 @@ class ComponentSparsity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     parameters: int
+    removed: int | None = 0
     parameters_pruned: int
     zeros: int
     asked: float
@@ -96,8 +103,9 @@ class ComponentSparsity(BaseModel):
 class Accounting(BaseModel):
     """The four sparsities that are easily mistaken for one another.
 
-    `components` has one entry for each component; `together` covers those the recipe prunes (what
-    studies report); `pipeline` covers every parameter that is shipped, the VAE included.
+    `components` has one entry for each component; `together` covers those the recipe prunes, single
+    weights or whole blocks (what studies report); `pipeline` covers every parameter that is
+    shipped, the VAE included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -178,6 +186,11 @@ def _check_rules(
 ) -> None:
     candidates = [layer for layer in layers if layer.why_not is None]
     for i, rule in enumerate(section.rules, 1):
+        if load_criterion(rule.criterion).group:
+            raise UsageError(
+                f"{component}, rule {i}: {rule.criterion} judges whole neurons, heads and channels "
+                "and no single weights; use obs_refit, or name it in a rule of 'structure'"
+            )
         if problem := _no_way(section.allocation, rule, component):
             raise UsageError(f"{component}, rule {i}: {problem}")
         known = DATA_FREE | STATISTICS
@@ -279,19 +292,25 @@ def _names(names: Iterable[str]) -> str:
 def account(plan: SparsityPlan) -> Accounting:
     """Add up the plan. A layer without a resolved count is taken at what was asked for it."""
     totals = {c: _Totals.of_component(plan, c) for c in plan.parameters}
-    touched = [t for t in totals.values() if t.pruned] or list(totals.values())
+    touched = [t for c, t in totals.items() if t.pruned or c in plan.removed]
     return Accounting(
         components={c: t.result() for c, t in totals.items()},
-        together=sum(touched, _Totals()).result(),
+        together=sum(touched or totals.values(), _Totals()).result(),
         pipeline=sum(totals.values(), _Totals()).result(),
     )
 
 
 class _Totals:
     def __init__(
-        self, parameters: int = 0, pruned: int = 0, zeros: int = 0, asked: float = 0
+        self,
+        parameters: int = 0,
+        removed: int | None = 0,
+        pruned: int = 0,
+        zeros: int = 0,
+        asked: float = 0,
     ) -> None:
-        self.parameters, self.pruned, self.zeros, self.asked = parameters, pruned, zeros, asked
+        self.parameters, self.removed = parameters, removed
+        self.pruned, self.zeros, self.asked = pruned, zeros, asked
 
     @classmethod
     def of_component(cls, plan: SparsityPlan, component: str) -> _Totals:
@@ -303,11 +322,13 @@ class _Totals:
         parameters = plan.parameters[component]
         # "Nominal" speaks of the component as a whole: the mean request, times all parameters.
         mean = sum((p.asked or 0) * p.numel for p in layers) / pruned if pruned else 0.0
-        return cls(parameters, pruned, zeros, mean * parameters)
+        return cls(parameters, plan.removed.get(component, 0), pruned, zeros, mean * parameters)
 
     def __add__(self, other: _Totals) -> _Totals:
+        unknown = self.removed is None or other.removed is None
         return _Totals(
             self.parameters + other.parameters,
+            None if unknown else (self.removed or 0) + (other.removed or 0),
             self.pruned + other.pruned,
             self.zeros + other.zeros,
             self.asked + other.asked,
@@ -316,6 +337,7 @@ class _Totals:
     def result(self) -> ComponentSparsity:
         return ComponentSparsity(
             parameters=self.parameters,
+            removed=self.removed,
             parameters_pruned=self.pruned,
             zeros=self.zeros,
             asked=self.asked / self.parameters if self.parameters else 0.0,

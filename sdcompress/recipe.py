@@ -88,7 +88,8 @@ class StructureRule(_Part):
 
     `blocks` is a glob on their names ("down_blocks.*.ff"); `ratio` is the share that goes, left out
     where a budget decides. What stays is a multiple of `multiple` channels; of a block that a
-    budget decides on, at most `max_ratio` goes.
+    budget decides on, at most `max_ratio` goes. With `refit`, what stays of the layer behind a
+    block is fitted anew by least squares, to inputs recorded while the model paints.
     """
 
     blocks: str = "*"
@@ -96,6 +97,7 @@ class StructureRule(_Part):
     keep: Literal["dense"] | None = None
     reason: str | None = None
     criterion: str = "magnitude"
+    refit: bool = False
     ratio: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
     multiple: int = Field(default=8, ge=1, le=256)
     max_ratio: float = Field(default=0.75, ge=0, lt=1, allow_inf_nan=False)
@@ -109,7 +111,7 @@ class StructureRule(_Part):
     def _complete(self) -> StructureRule:
         if self.keep:
             fields = type(self).model_fields
-            ways = ("criterion", "ratio", "multiple", "max_ratio")
+            ways = ("criterion", "refit", "ratio", "multiple", "max_ratio")
             if extra := [w for w in ways if getattr(self, w) != fields[w].default]:
                 raise ValueError(f"'keep: dense' takes no {', '.join(extra)}")
             if not self.reason:

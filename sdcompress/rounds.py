@@ -1,10 +1,12 @@
 """Pruning in rounds, each on what the last one left: recipe's `schedule` → pruned bundle.
 
-    source ─ prune ─ (tune) ─ prune ─ (tune) ─ … ─ prune
+    source ─ (shrink) ─ prune ─ (tune) ─ prune ─ (tune) ─ … ─ prune
 
-What is finished lies sealed in a hidden folder beside the result, never more than two bundles at a
-time. A call that was killed goes on from there when it is repeated; the folder goes when the result
-is in its place.
+Blocks that become narrower do so first, and once: what the rounds prune is what that has left.
+
+What is finished lies sealed in a hidden folder beside the result, no more bundles at a time than
+the next step needs. A call that was killed goes on from there when it is repeated; the folder goes
+when the result is in its place.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdcompress import tuning
+from sdcompress import shrink, tuning
 from sdcompress.bundle import (
     Bundle,
     link_files,
@@ -36,6 +38,7 @@ from sdcompress.calibrate import is_main_process, on_main_process
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.errors import InputError, UsageError, VerificationError
 from sdcompress.evaluation.files import contents
+from sdcompress.latency import LatencyTable, read_table
 from sdcompress.patterns import parse_pattern
 from sdcompress.plan import SparsityPlan, account, make_plan
 from sdcompress.prune import check as check_once
@@ -44,6 +47,7 @@ from sdcompress.recipe import Recipe, Rule, Schedule, Tune
 
 HISTORY = "rounds.json"  # in the folder: what each finished step reached, also those removed since
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
+Tables = Mapping[str, LatencyTable]  # by component
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -55,6 +59,7 @@ def prune_in_rounds(
     recipe: Recipe,
     out: Path,
     *,
+    tables: Tables | None = None,
     replace: bool = False,
     fresh: bool = False,
     progress: Progress = _silent,
@@ -62,53 +67,69 @@ def prune_in_rounds(
     """Prune a weight bundle into a new bundle at `out`, in as many rounds as the recipe says.
 
     The result is one of stage "pruned" whose parent is `source`; its details say what each round
-    reached. `fresh` begins anew, whatever an earlier call has left. Under `accelerate launch` every
-    process calls this, and the main one writes. `progress` counts as `prune` and `tune` do.
+    reached. Where the recipe makes blocks narrower, that comes before all else; `tables` are for
+    budgets of latency whose recipe names no file. `fresh` begins anew, whatever an earlier call has
+    left. Under `accelerate launch` every process calls this, and the main one writes. `progress`
+    counts as `shrink`, `prune` and `tune` do.
 
     Raises:
         UsageError: recipe, schedule and model do not fit together.
         InputError: weights or activations are not finite, the loss of a tuning diverges, `out`
             exists, or another process is at work on it.
     """
-    check(source, recipe)
-    if recipe.schedule.rounds == 1:
+    check(source, recipe, tables)
+    if not _prunes_weights(recipe):
+        return shrink.shrink(source, recipe, out, tables=tables, replace=replace, progress=progress)
+    if recipe.schedule.rounds == 1 and not shrink.asks(recipe):
         return prune(source, recipe, out, replace=replace, progress=progress)
     out = out.resolve()
     if not replace:
         refuse_existing(out)
     folder = out.with_name(f".{out.name}.rounds")
-    steps = _steps(source, recipe)
+    steps = _steps(source, recipe, tables or {})
     with _alone(folder) if is_main_process() else nullcontext():
         if fresh:
             on_main_process(lambda: _remove_all_but((), folder))
         done, model = _resume(folder, steps)
-        model = _go_on(source, recipe, folder, steps, done, model, progress)
+        model = _go_on(source, recipe, tables, folder, steps, done, model, progress)
         on_main_process(lambda: _finish(recipe, folder, steps, model, out, replace))
     return Bundle.open(out)
 
 
-def check(source: Bundle, recipe: Recipe) -> SparsityPlan:
+def check(source: Bundle, recipe: Recipe, tables: Tables | None = None) -> SparsityPlan:
     """`check_recipe`, and that the source is one that tuning between rounds can learn from."""
-    plan = check_recipe(recipe, read_catalog(source.path))
+    plan = check_recipe(recipe, read_catalog(source.path), tables)
     if recipe.schedule.tune:
+        narrower = [c for c, section in recipe.prune.items() if section.structure]
         if source.manifest.plan is not None:
             raise UsageError(
                 f"{source.path}: expected a dense model, which tuning between rounds learns from, "
                 f"found a {source.manifest.stage} bundle; prune the model it was made from"
             )
-        tuning.check(plan, recipe.schedule.tune)
+        tuning.check(plan, recipe.schedule.tune, narrower)
     return plan
 
 
-def check_recipe(recipe: Recipe, catalog: Catalog) -> SparsityPlan:
+def check_recipe(recipe: Recipe, catalog: Catalog, tables: Tables | None = None) -> SparsityPlan:
     """What the last round will prune; what can be known without weights is found out here.
 
+    Blocks that a budget decides on are taken as wide as they are.
+
     Raises:
-        UsageError: schedule, rules and model do not fit together.
+        UsageError: schedule, rules and model do not fit together, or a budget cannot be met.
         InputError: see `prune.check`.
     """
-    schedule = recipe.schedule
+    schedule, dense = recipe.schedule, catalog.parameters
+    fates = shrink.check(recipe, catalog, tables)
+    catalog = shrink.narrowed(catalog, fates)
     plan = check_once(recipe, catalog)
+    removed = {
+        component: None
+        if any(fate.kept is None for fate in several)
+        else dense[component] - plan.parameters[component]
+        for component, several in fates.items()
+    }
+    plan = plan.model_copy(update={"removed": removed})
     if schedule.rounds == 1:
         given = schedule.model_dump(exclude_defaults=True, exclude={"rounds"})
         if given:
@@ -117,6 +138,11 @@ def check_recipe(recipe: Recipe, catalog: Catalog) -> SparsityPlan:
                 "for more rounds, or leave it out"
             )
         return plan
+    if not _prunes_weights(recipe):
+        raise UsageError(
+            f"schedule: rounds prune single weights, found 'rounds: {schedule.rounds}' and no "
+            "'rules' but those of 'structure'; add some, or leave the schedule out"
+        )
     for component, section in recipe.prune.items():
         for i, rule in enumerate(section.rules, 1):
             if not rule.keep and schedule.initial > _asked(rule):
@@ -141,6 +167,7 @@ def asked_in_rounds(recipe: Recipe, catalog: Catalog) -> list[float]:
     if recipe.schedule.rounds == 1:
         return []
     numbers = range(1, recipe.schedule.rounds + 1)
+    catalog = shrink.narrowed(catalog, shrink.check(recipe, catalog))
     plans = (make_plan(round_recipe(recipe, number), catalog) for number in numbers)
     return [account(plan).together.asked for plan in plans]
 
@@ -191,9 +218,24 @@ def _asked(rule: Rule) -> float:
     return (rule.sparsity or 0.0) if fixed is None else fixed
 
 
+def _prunes_weights(recipe: Recipe) -> bool:
+    """Whether there is more to do than to make blocks narrower."""
+    return any(section.rules for section in recipe.prune.values())
+
+
+def _blocks_only(recipe: Recipe) -> Recipe:
+    """What round 0 does: a recipe of what makes blocks narrower, and of nothing else."""
+    prune = {
+        component: section.model_copy(update={"rules": ()})
+        for component, section in recipe.prune.items()
+        if section.structure
+    }
+    return recipe.model_copy(update={"prune": prune, "schedule": Schedule(), "tune": None})
+
+
 @dataclass(frozen=True)
 class _Step:
-    """Pruning by a recipe, or tuning, of what the step before has left.
+    """Pruning by a recipe, or tuning, of what the step before has left; in round 0 blocks go.
 
     `key` digests all that decides what comes of it, the steps before included.
     """
@@ -205,16 +247,22 @@ class _Step:
     @property
     def name(self) -> str:
         """Of its bundle in the folder."""
-        kind = "tuned" if isinstance(self.do, Tune) else "pruned"
+        kind = "tuned" if isinstance(self.do, Tune) else "pruned" if self.round else "narrowed"
         return f"{self.round}-{kind}-{self.key[:16]}"
 
 
-def _steps(source: Bundle, recipe: Recipe) -> list[_Step]:
+def _steps(source: Bundle, recipe: Recipe, tables: Tables) -> list[_Step]:
     """What there is to do. A round that asks for no more than the one before is left out, unless
     there was tuning since.
     """
     schedule, steps, last = recipe.schedule, list[_Step](), None
     key = _key(source.digest, tool_versions(), schedule.recalibrate)
+    if shrink.asks(recipe):
+        blocks = _blocks_only(recipe)
+        key = _key(
+            key, decisive(blocks), contents(blocks.calibration.images), _digests(blocks, tables)
+        )
+        steps.append(_Step(0, blocks, key))
     for number in range(1, schedule.rounds + 1):
         asked = round_recipe(recipe, number)
         if asked == last and not schedule.tune:
@@ -226,6 +274,13 @@ def _steps(source: Bundle, recipe: Recipe) -> list[_Step]:
             key = _key(key, schedule.tune.model_dump(mode="json"), contents(schedule.tune.images))
             steps.append(_Step(number, schedule.tune, key))
     return steps
+
+
+def _digests(recipe: Recipe, tables: Tables) -> dict[str, str]:
+    """Those of the latencies that budgets count, by component."""
+    named = {c: s.structure.table for c, s in recipe.prune.items() if s.structure}
+    read = {component: read_table(Path(file)) for component, file in named.items() if file}
+    return {component: table.sha256 for component, table in {**tables, **read}.items()}
 
 
 def _key(*made_of: Any) -> str:
@@ -265,6 +320,7 @@ def _resume(folder: Path, steps: Sequence[_Step]) -> tuple[int, Bundle | None]:
 def _go_on(
     source: Bundle,
     recipe: Recipe,
+    tables: Tables | None,
     folder: Path,
     steps: Sequence[_Step],
     done: int,
@@ -273,10 +329,15 @@ def _go_on(
 ) -> Bundle:
     """The bundle of the last step; `model` is what `done` steps have left."""
     schedule, statistics = recipe.schedule, None
+    # Statistics that are recorded once are of what the first round prunes.
+    first = next(step for step in steps if step.round)
+    before_first = steps[: steps.index(first)]
 
     def tell(step: _Step, what: str, done: int, total: int) -> None:
         what = "tuning" if isinstance(step.do, Tune) else what  # which would tell its loss, too
-        progress(f"round {step.round} of {schedule.rounds}: {what}", done, total)
+        if step.round and schedule.rounds > 1:
+            what = f"round {step.round} of {schedule.rounds}: {what}"
+        progress(what, done, total)
 
     def settle(done: int, model: Bundle | None) -> None:
         """Keep what was reached and what the next step needs; leave the rest."""
@@ -286,6 +347,8 @@ def _go_on(
             write_json(folder / HISTORY, {**known, finished.name: _reached(finished, model)})
         # A tuning that was stopped has left its checkpoint and its log beside its bundle.
         keep = [step.name for step in steps[max(0, done - 1) : done + 1]]
+        if not schedule.recalibrate:
+            keep += [step.name for step in before_first]
         _remove_all_but([*keep, HISTORY], folder)
 
     on_main_process(lambda: settle(done, model))
@@ -294,11 +357,17 @@ def _go_on(
         if isinstance(step.do, Tune):
             assert model
             model = tuning.tune(model, step.do, target, dense=source, replace=True, progress=told)
+        elif not step.round:
+            model = shrink.shrink(
+                source, step.do, target, tables=tables, replace=True, progress=told
+            )
         else:
             if statistics is None and not schedule.recalibrate:
-                first = steps[0].do
-                assert isinstance(first, Recipe)
-                statistics = record(source, first, progress=told)
+                assert isinstance(first.do, Recipe)
+                base = [Bundle.open(folder / step.name) for step in before_first]
+                statistics = record(
+                    source, first.do, before=base[0] if base else None, progress=told
+                )
             model = prune(
                 source,
                 step.do,
@@ -321,6 +390,8 @@ def _reached(step: _Step, bundle: Bundle) -> dict[str, Any]:
         facts = ("steps", "first_loss", "final_loss", "diverged_in_step")
         told = {fact: details[fact] for fact in facts if fact in details}
         return {"tuned": {"method": step.do.method, **told}}
+    if not step.round:
+        return {}  # it stands in the details of every bundle that comes after
     assert plan
     pruned = {c: s for c, s in account(plan).components.items() if s.parameters_pruned}
     return {
@@ -351,12 +422,13 @@ def _finish(
     """Put what the last round has made into its place, with the whole story in its manifest."""
     known, rounds = _read_history(folder), dict[int, dict[str, Any]]()
     for step in steps:
-        rounds.setdefault(step.round, {"round": step.round}).update(known[step.name])
-    manifest = last.manifest
-    told = {
-        "recipe": {**(manifest.recipe or {}), "schedule": recipe.schedule.model_dump(mode="json")},
-        "details": {**manifest.details, "rounds": list(rounds.values())},
-    }
+        if step.round:
+            rounds.setdefault(step.round, {"round": step.round}).update(known[step.name])
+    manifest, told = last.manifest, dict[str, Any]()
+    if recipe.schedule.rounds > 1:
+        schedule = recipe.schedule.model_dump(mode="json")
+        told["recipe"] = {**(manifest.recipe or {}), "schedule": schedule}
+        told["details"] = {**manifest.details, "rounds": list(rounds.values())}
     with staging(out, replace=replace) as work:
         linked = link_files(last, work)
         seal(work, manifest.model_copy(update=told), linked=linked)

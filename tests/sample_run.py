@@ -24,6 +24,7 @@ from sdcompress.results import (
     Setup,
     SparseKernels,
 )
+from sdcompress.structure import RECORD, BlockRecord, ComponentStructure
 
 ROUNDS = (10.0, 10.1, 9.9, 10.2, 9.8, 10.0, 10.1, 9.9, 10.05, 9.95)
 SHIFTED = (10.1, 9.9, 10.0, 9.9, 10.1, 9.9, 10.0, 10.0, 9.95, 10.05)
@@ -57,6 +58,35 @@ def sample_plan() -> SparsityPlan:
         skipped_because="no rule matches",
     )
     return SparsityPlan(layers=(skipped, *layers), parameters={"unet": 50_000, "vae": 10_000})
+
+
+def sample_structure(budget: Mapping[str, float] | None = None) -> ComponentStructure:
+    """Of six blocks: half the neurons of one, a head of another, all but the last are narrower."""
+    asked = None if budget else 0.25
+    blocks = {
+        "down_blocks.0.attentions.0.transformer_blocks.0.ff": ("neurons", 1, 256, 128),
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1": ("heads", 16, 64, 48),
+        "down_blocks.0.resnets.0": ("channels", 2, 64, 40),
+        "mid_block.resnets.0": ("channels", 4, 128, 100),
+        "up_blocks.0.attentions.0.transformer_blocks.0.ff": ("neurons", 1, 512, 500),
+        "up_blocks.0.resnets.0": ("channels", 2, 64, 64),
+    }
+    return ComponentStructure(
+        budget=dict(budget) if budget else None,
+        parameters_dense=50_000,
+        parameters=37_000,
+        macs_dense=2_000_000,
+        macs=1_400_000,
+        latency=0.748 if budget and "latency" in budget else None,
+        latency_table="0" * 64 if budget and "latency" in budget else None,
+        blocks={
+            name: BlockRecord.model_validate(
+                {"kind": kind, "unit": unit, "width": width, "kept": kept, "asked": asked}
+                | {"criterion": "magnitude", "removed": ""}
+            )
+            for name, (kind, unit, width, kept) in blocks.items()
+        },
+    )
 
 
 def sample_results(
@@ -155,6 +185,7 @@ def make_run(
     directory: Path,
     results: Results | None = None,
     prompts: Sequence[str] = ("a large red circle", "a small blue square"),
+    structure: Mapping[str, ComponentStructure] | None = None,
 ) -> Path:
     """Write a run directory; pictures are noise, and the sparse ones a little noisier."""
     rng = np.random.default_rng(0)
@@ -172,6 +203,7 @@ def make_run(
         recipe={"name": "demo"},
         tools={"sdcompress": "0.1.0"},
         plan=sample_plan(),
+        details={RECORD: {c: r.model_dump(mode="json") for c, r in (structure or {}).items()}},
     )
     seal(directory / "pruned", manifest)
     (directory / "recipe.yaml").write_text("name: demo\n")

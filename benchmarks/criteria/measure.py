@@ -44,7 +44,7 @@ from benchmarks.criteria.points import (
 )
 from sdcompress.bundle import write_json
 from sdcompress.catalog import read_catalog
-from sdcompress.registry import names
+from sdcompress.criteria import for_weights
 
 HERE = Path(__file__).parent
 SAMPLES = 400
@@ -53,7 +53,7 @@ Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    known = names("criteria")
+    known = for_weights()
     parser.add_argument("--work", type=Path, required=True, help="where answers are kept")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--criteria", nargs="+", choices=known, default=known, metavar="NAME")

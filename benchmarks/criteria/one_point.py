@@ -82,29 +82,35 @@ def measure_dense(work: Path, samples: int) -> Answer:
 
 def measure_point(point: Point, shared: Layers, work: Path, samples: int) -> Answer:
     """Make it, paint, measure; the model and its pictures are removed afterwards."""
-    dense, _ = _references(work, samples)
-    times = [time.process_time()]
+    start = time.process_time()
     folder = work / "models" / point.name
     ours = point.method not in PEERS
     model, sparsity = (prune_ours if ours else assemble_peer)(point, shared, work, folder)
-    times.append(time.process_time())
+    took = {"make": round(time.process_time() - start, 2)}
+    answer = {"point": point._asdict(), "sparsity": sparsity, **judge(model, work, samples)}
+    answer["cpu_seconds"] = {**took, **answer["cpu_seconds"]}
+    point_file(work, point).parent.mkdir(exist_ok=True)
+    write_json(point_file(work, point), answer)
+    shutil.rmtree(folder)
+    return answer
+
+
+def judge(model: Bundle, work: Path, samples: int) -> Answer:
+    """Paint and measure a model; its pictures are removed afterwards."""
+    dense, _ = _references(work, samples)
+    times = [time.process_time()]
     pictures = Pictures.of(model, settings(samples), work)
     make([pictures], _ignore)
     times.append(time.process_time())
     seen = look(pictures)
     answer = {
-        "point": point._asdict(),
-        "sparsity": sparsity,
         "scores": {name: values.tolist() for name, values in seen.scores.items()},
         "drift": _drifts(seen, dense, samples),
         "distances": distances(seen.features, dense.features),
     }
     times.append(time.process_time())
-    spans = zip(("make", "paint", "measure"), times, times[1:], strict=False)
+    spans = zip(("paint", "measure"), times, times[1:], strict=False)
     answer["cpu_seconds"] = {what: round(b - a, 2) for what, a, b in spans}
-    point_file(work, point).parent.mkdir(exist_ok=True)
-    write_json(point_file(work, point), answer)
-    shutil.rmtree(folder)
     shutil.rmtree(pictures.folder, ignore_errors=True)  # two points can be the same model
     return answer
 

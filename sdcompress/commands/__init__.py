@@ -36,6 +36,7 @@ class Commands(click.Group):
 _ORDER = [
     "run",
     "plan",
+    "latency",
     "prune",
     "tune",
     "eval",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -17,27 +18,62 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sdcompress.build_report import BuildReport
+    from sdcompress.structure import ComponentStructure
 
 
 def accounting_table(accounting: Accounting) -> Table:
-    """The four sparsities, a row each component, then together and the whole pipeline."""
+    """The four sparsities, a row each component, then together and the whole pipeline.
+
+    Where blocks are made narrower, what went with them stands beside what is left.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    headings = ("", "parameters", "asked", "of the layers pruned", "really zero")
-    table = Table(*headings, title="sparsity", box=SIMPLE_HEAD)
+    narrower = accounting.pipeline.removed != 0
+    headings = ("asked", "of the layers pruned", "really zero")
+    title = "sparsity of what is left" if narrower else "sparsity"
+    table = Table("", "parameters", title=title, box=SIMPLE_HEAD)
+    for heading in (*(("removed before",) if narrower else ()), *headings):
+        table.add_column(heading)
     for column in table.columns[1:]:
         column.justify = "right"
 
     def row(name: str, s: ComponentSparsity) -> None:
-        percentages = (s.asked, s.of_layers_pruned, s.of_component)
-        table.add_row(name, f"{s.parameters:,}", *(f"{p:.1%}" for p in percentages))
+        removed = "by budget" if s.removed is None else f"{s.removed:,}"
+        percentages = (f"{p:.1%}" for p in (s.asked, s.of_layers_pruned, s.of_component))
+        table.add_row(name, f"{s.parameters:,}", *((removed,) if narrower else ()), *percentages)
 
     for name, sparsity in accounting.components.items():
         row(name, sparsity)
     table.add_section()
     row("components pruned, together", accounting.together)
     row("whole pipeline", accounting.pipeline)
+    return table
+
+
+def structure_table(structures: Mapping[str, ComponentStructure]) -> Table:
+    """What became of the blocks of each component, a row each kind, and what that saves."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    headings = ("blocks", "narrower", "channels left", "parameters left", "MACs left", "budget")
+    table = Table("", *headings, title="blocks", box=SIMPLE_HEAD)
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for component, s in structures.items():
+        for kind in dict.fromkeys(block.kind for block in s.blocks.values()):
+            blocks = [block for block in s.blocks.values() if block.kind == kind]
+            width, kept = sum(b.width for b in blocks), sum(b.kept for b in blocks)
+            narrower = sum(b.kept < b.width for b in blocks)
+            left = f"{kept:,} of {width:,} ({kept / width:.1%})"
+            table.add_row(f"{component}, {kind}", str(len(blocks)), str(narrower), left)
+        shares = (s.parameters / s.parameters_dense, s.macs / s.macs_dense)
+        asked = [f"{what} {share:g}" for what, share in (s.budget or {}).items()]
+        if s.latency is not None:
+            asked.append(f"{s.latency:.3f} by the table")
+        percentages = (f"{share:.1%}" for share in shares)
+        table.add_row(component, "", "", "", *percentages, ", ".join(asked))
+        table.add_section()
     return table
 
 
@@ -103,8 +139,11 @@ def print_outcome(console: Console, run: Path, page: Path) -> None:
     from sdcompress.build_report import BuildReport
     from sdcompress.bundle import Bundle
     from sdcompress.report import not_measured
+    from sdcompress.structure import read_record
 
     results, engine = run / RESULTS, Bundle.open(run / "engine" / "sparse")
+    if structures := read_record(engine.manifest.details):
+        console.print(structure_table(structures))
     if plan := engine.manifest.plan:
         console.print(accounting_table(account(plan)))
     if report := BuildReport.read(engine.path):

@@ -95,7 +95,7 @@ def command(
     from sdcompress.models.defaults import sampling_defaults
 
     watch = Stopwatch()
-    wanted = _parse(options)
+    wanted = parse_options(options)
     if refit and (
         backend or target or options or height or width or images > 1 or guidance is not None
     ):
@@ -162,7 +162,8 @@ def _show(console: Console, output: Output) -> None:
         console.print(build_table(output.report))
 
 
-def _parse(options: tuple[str, ...]) -> dict[str, object]:
+def parse_options(options: tuple[str, ...]) -> dict[str, object]:
+    """KEY=VALUE as a recipe would hold them; a key that is repeated has a list."""
     import yaml
 
     from sdcompress.recipe import read_value

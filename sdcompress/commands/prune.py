@@ -17,19 +17,25 @@ from sdcompress.commands._common import (
     output_option,
     phase_progress,
 )
+from sdcompress.commands._structure import budget_options
 from sdcompress.plan import Accounting
+from sdcompress.structure import ComponentStructure
 
 if TYPE_CHECKING:
     from sdcompress.recipe import Recipe
 
 
 class Output(BaseModel):
-    """`prune --json`; `notes` say what a person should know of how it was done."""
+    """`prune --json`; `notes` say what a person should know of how it was done.
+
+    `structure` is what became of the blocks of each component whose blocks became narrower.
+    """
 
     bundle: str
     digest: str
     parent: str
     accounting: Accounting
+    structure: dict[str, ComponentStructure] = {}
     notes: list[str]
     seconds: float
 
@@ -75,7 +81,10 @@ class Output(BaseModel):
     type=click.IntRange(min=1),
     help="With --rounds: tune for so many steps between rounds, otherwise as the recipe says.",
 )
-@click.option("--fresh", is_flag=True, help="Begin anew, whatever earlier rounds have left.")
+@budget_options
+@click.option(
+    "--fresh", is_flag=True, help="Begin anew, whatever earlier rounds and measurements have left."
+)
 @output_option
 @model_options
 @json_option
@@ -89,6 +98,8 @@ def command(
     max_hessian: int | None,
     rounds: int | None,
     tune_steps: int | None,
+    budgets: tuple[str, ...],
+    tables: tuple[str, ...],
     fresh: bool,
     output: Path,
     as_json: bool,
@@ -96,29 +107,41 @@ def command(
 ) -> None:
     """Prune MODEL: mini-sd2, a diffusers directory, HUB-ID@REVISION, a .safetensors checkpoint.
 
-    The result is a diffusers directory with a manifest; diffusers loads it as it is. Criteria that
-    look at activations or gradients have the model paint the calibration prompts first. Rounds that
-    are finished outlive a call that was killed, and are taken up when it is repeated.
+    The result is a diffusers directory with a manifest; diffusers loads it as it is, unless blocks
+    were made narrower: then `sdcompress.load` does. Criteria that look at activations or gradients
+    have the model paint the calibration prompts first. A budget of latency has it measured first,
+    unless there is a --table. Rounds that are finished outlive a call that was killed, and are
+    taken up when it is repeated.
 
     \b
     Examples:
       sdcompress prune mini-sd2 --recipe sd2-2to4 -o pruned
       sdcompress prune mini-sd2 --recipe wanda.yaml --calibration-count 32 -o pruned
       sdcompress prune mini-sd2 --recipe sd2-2to4 --rounds 2 --tune-steps 50 -o pruned
+      sdcompress prune mini-sd2 --recipe sd2-2to4 --budget macs=0.7 -o pruned
     """
+    from sdcompress.bundle import refuse_existing
     from sdcompress.calibrate import is_main_process
+    from sdcompress.commands._structure import measure_missing, with_budgets, with_tables
     from sdcompress.plan import account
     from sdcompress.prune import notes
     from sdcompress.recipe import load_recipe
-    from sdcompress.rounds import prune_in_rounds
+    from sdcompress.rounds import check, prune_in_rounds
+    from sdcompress.structure import read_record
 
     watch = Stopwatch()
     asked = {"images": images, "packages": packages, "max_hessian": max_hessian}
-    loaded = _with_calibration(load_recipe(recipe), prompts, calibration_count, asked)
+    loaded, given = with_tables(with_budgets(load_recipe(recipe), budgets), tables)
+    loaded = _with_calibration(loaded, prompts, calibration_count, asked)
     loaded = _with_schedule(loaded, rounds, tune_steps)
     source = open_model(model, **how)
+    refuse_existing(output)
+    check(source, loaded, given)  # before anything is measured
+    measured = measure_missing(source, loaded, given, fresh=fresh)
     with phase_progress() as progress:
-        bundle = prune_in_rounds(source, loaded, output, fresh=fresh, progress=progress)
+        bundle = prune_in_rounds(
+            source, loaded, output, tables=measured, fresh=fresh, progress=progress
+        )
     if not is_main_process():
         return
     assert bundle.manifest.plan
@@ -127,13 +150,16 @@ def command(
         digest=bundle.digest,
         parent=source.digest,
         accounting=account(bundle.manifest.plan),
+        structure=read_record(bundle.manifest.details),
         notes=notes(bundle.manifest),
         seconds=watch.seconds,
     )
 
-    from sdcompress.commands._tables import accounting_table
+    from sdcompress.commands._tables import accounting_table, structure_table
 
     def show(console: Any) -> None:
+        if result.structure:
+            console.print(structure_table(result.structure))
         console.print(accounting_table(result.accounting))
         for note in result.notes:
             console.print(f"note: {note}")
@@ -167,12 +193,11 @@ def _with_calibration(
 
 def _refuse_unused(recipe: Recipe, options: list[str]) -> None:
     """Raise UsageError for an option of the calibration that nothing in the recipe looks at."""
-    from sdcompress.criteria import GRADIENTS, STATISTICS, load_criterion
+    from sdcompress.criteria import GRADIENTS, STATISTICS
     from sdcompress.errors import UsageError
-    from sdcompress.prune import decisive
+    from sdcompress.prune import decisive, needed
 
-    rules = [r for section in recipe.prune.values() for r in section.rules if not r.keep]
-    needs = frozenset[str]().union(*(load_criterion(rule.criterion).needs for rule in rules))
+    needs = needed(recipe)
     at_work = "calibration" in decisive(recipe)
     uses = {
         "prompts": ("activations or gradients", at_work),

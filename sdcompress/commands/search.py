@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import BaseModel
 
-from sdcompress import registry
 from sdcompress.catalog import COMPONENTS
 from sdcompress.commands._common import (
     Finite,
@@ -24,6 +23,7 @@ from sdcompress.commands._common import (
     size,
     stage_status,
 )
+from sdcompress.criteria import for_weights
 from sdcompress.errors import VerificationError
 from sdcompress.evaluation.quality import QualitySettings
 from sdcompress.search import Found
@@ -77,7 +77,7 @@ class Output(BaseModel):
 )
 @click.option(
     "--criterion",
-    type=click.Choice(registry.names("criteria")),
+    type=click.Choice(for_weights()),
     default="magnitude",
     show_default=True,
     help="What says which weights go.",

@@ -19,6 +19,7 @@ from sdcompress.commands._common import (
     phase_progress,
     picture_options,
 )
+from sdcompress.criteria import for_weights
 from sdcompress.errors import SdcompressError, UsageError
 from sdcompress.sweep.grid import PRESETS
 from sdcompress.sweep.outcome import CurveCliff
@@ -56,7 +57,7 @@ class Output(BaseModel):
 @click.option(
     "--criterion",
     metavar="LIST",
-    help=f"Of {', '.join(registry.names('criteria'))}.  [default: magnitude]",
+    help=f"Of {', '.join(for_weights())}.  [default: magnitude]",
 )
 @click.option(
     "--pattern", metavar="LIST", help="unstructured and N:M, such as 2:4.  [default: unstructured]"

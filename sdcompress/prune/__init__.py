@@ -41,12 +41,22 @@ from sdcompress.patterns import UNSTRUCTURED, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
 from sdcompress.prune._decisions import Decisions, Progress
 from sdcompress.prune._write import read_finite, record_tensor, write_pruned
-from sdcompress.recipe import Recipe
+from sdcompress.recipe import Recipe, Rule, StructureRule
+from sdcompress.structure import RECORD, read_record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["check", "decisive", "notes", "prune", "read_finite", "record", "record_tensor"]
+__all__ = [
+    "check",
+    "decisive",
+    "needed",
+    "notes",
+    "prune",
+    "read_finite",
+    "record",
+    "record_tensor",
+]
 
 DECIDES = {"name", "seed", "prune"}  # the parts of a recipe that a pruned bundle depends on
 Wanted = dict[str, dict[str, frozenset[str]]]  # component → layer → statistics
@@ -71,8 +81,8 @@ def prune(
     Where a criterion needs statistics, the model paints the recipe's calibration prompts first,
     unless `statistics` (of `record`) are given. Under `accelerate launch` all processes paint, and
     one writes. `before` is what an earlier round has made of the source: its weights are pruned
-    further, and what is zero there stays zero. `progress` counts
-    denoising steps while "calibrating", and bytes of weights while "pruning".
+    further, what is zero there stays zero, and blocks that were made narrower stay so. `progress`
+    counts denoising steps while "calibrating", and bytes of weights while "pruning".
 
     Raises:
         UsageError: the recipe does not fit the model.
@@ -80,7 +90,7 @@ def prune(
     """
     model = before or source
     catalog = read_catalog(model.path)
-    plan = check(recipe, catalog)
+    plan = check(recipe, catalog).model_copy(update={"removed": _removed(model)})
     if not replace:
         refuse_existing(out)
     if "calibration" in decisive(recipe):
@@ -115,7 +125,7 @@ def prune(
                 tools=tool_versions(),
                 plan=resolved,
                 tensors=tensors,
-                details=_blocks(plan, recipe),
+                details={**_structure(model), **_blocks(plan, recipe)},
             )
             seal(work, manifest, linked=linked)
 
@@ -139,32 +149,51 @@ def check(recipe: Recipe, catalog: Catalog) -> SparsityPlan:
     return plan
 
 
-def record(source: Bundle, recipe: Recipe, *, progress: Progress = _silent) -> Statistics:
-    """The statistics that pruning by this recipe needs, all at once; {} where it needs none."""
-    wanted = _merged(*_wanted(make_plan(recipe, read_catalog(source.path)), recipe))
+def record(
+    source: Bundle, recipe: Recipe, *, before: Bundle | None = None, progress: Progress = _silent
+) -> Statistics:
+    """The statistics that pruning by this recipe needs, all at once; {} where it needs none.
+
+    They are of `before` where it is given, as in `prune`.
+    """
+    model = before or source
+    wanted = _merged(*_wanted(make_plan(recipe, read_catalog(model.path)), recipe))
     if not wanted:
         return {}
-    calibrator = Calibrator(source, recipe.calibration)
+    calibrator = _calibrator(source, before, recipe, wanted)
     return calibrator.record(wanted, progress=partial(progress, "calibrating"))
+
+
+def _calibrator(source: Bundle, before: Bundle | None, recipe: Recipe, seen: Wanted) -> Calibrator:
+    """What is pruned, loaded; gradients are taken on what the source paints."""
+    calibrator = Calibrator(before or source, recipe.calibration)
+    if any(names & GRADIENTS for layers in seen.values() for names in layers.values()):
+        calibrator.see(Calibrator(source, recipe.calibration) if before else calibrator)
+    return calibrator
 
 
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that a pruned bundle depends on, as they stand in its manifest.
 
     The calibration is among them where the model is looked at while it paints, the schedule where
-    there is more than one round.
+    there is more than one round, and the size of a picture where blocks go, whose cost it is.
     """
-    parts = set(DECIDES)
-    if any(
-        load_criterion(rule.criterion).needs & STATISTICS
-        for section in recipe.prune.values()
-        for rule in section.rules
-        if not rule.keep
-    ) or _allocation_needs(recipe):
-        parts.add("calibration")
+    parts: dict[str, Any] = dict.fromkeys(DECIDES, True)
+    if needed(recipe) & STATISTICS or _allocation_needs(recipe):
+        parts["calibration"] = True
     if recipe.schedule.rounds > 1:
-        parts.add("schedule")
+        parts["schedule"] = True
+    if any(section.structure for section in recipe.prune.values()):
+        parts["sampling"] = {"height", "width"}
     return recipe.model_dump(mode="json", include=parts)
+
+
+def needed(recipe: Recipe) -> frozenset[str]:
+    """All that the criteria of a recipe need, those that choose whole blocks included."""
+    rules: list[Rule | StructureRule] = []
+    for section in recipe.prune.values():
+        rules += [*section.rules, *(section.structure.rules if section.structure else ())]
+    return frozenset[str]().union(*(_needs_of(r.criterion) for r in rules if not r.keep))
 
 
 def notes(manifest: Manifest) -> list[str]:
@@ -208,10 +237,8 @@ def _look(
     measured = "loss" in _allocation_needs(recipe)
     calibrator = None
     if measured or (statistics is None and (criteria or allocations)):
-        calibrator = Calibrator(before or source, recipe.calibration)
-        gradients = (names & GRADIENTS for layers in criteria.values() for names in layers.values())
-        if statistics is None and any(gradients):
-            calibrator.see(Calibrator(source, recipe.calibration) if before else calibrator)
+        seen = criteria if statistics is None else {}
+        calibrator = _calibrator(source, before, recipe, seen)
     if statistics is None:
         told = partial(progress, "calibrating")
         statistics = calibrator.record(first, progress=told) if calibrator and first else {}
@@ -306,6 +333,17 @@ def _allocation_needs(recipe: Recipe) -> frozenset[str]:
             if not rule.keep and parse_pattern(rule.pattern) == UNSTRUCTURED
         )
     )
+
+
+def _structure(model: Bundle) -> dict[str, Any]:
+    """For the manifest: what was made narrower before."""
+    details = model.manifest.details
+    return {RECORD: details[RECORD]} if RECORD in details else {}
+
+
+def _removed(model: Bundle) -> dict[str, int]:
+    records = read_record(model.manifest.details)
+    return {c: record.parameters_dense - record.parameters for c, record in records.items()}
 
 
 def _needs_of(criterion: str | None) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The page's two charts as SVG: they take the page's colours, and stay sharp in print.
+"""The page's charts as SVG: they take the page's colours, and stay sharp in print.
 
 A few rectangles and lines are drawn faster by hand than by a plotting library, in a hundredth of
 its bytes, and can be read by a screen reader.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sdcompress.measure import Comparison
 from sdcompress.plan import LayerPlan
 from sdcompress.results import Measure
+from sdcompress.structure import BlockRecord
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -26,33 +27,63 @@ def layers(title: str, plans: Sequence[LayerPlan], parameters: int) -> Markup:
     So the filled area is the component's sparsity. The blank rest at the right holds what no rule
     can reach: biases, norms, embeddings that are not listed.
     """
-    from markupsafe import Markup
-
-    bars, x = [], 0.0
+    bars = []
     for plan in plans:
-        width = WIDTH * plan.numel / parameters
         share = (plan.zeros or 0) / plan.numel if plan.pruned else 0.0
         said = f"{plan.name}: " + (f"{100 * share:.1f} % zero" if plan.pruned else "dense")
-        height = HEIGHT * share
-        for kind, y, h in (("room", 0.0, float(HEIGHT)), ("zeros", HEIGHT - height, height)):
-            if h:
-                bars.append(
-                    Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}">'
-                           "<title>{}</title></rect>").format(
-                        kind, f"{x:.2f}", f"{y:.1f}", f"{max(width, 0.4):.2f}", f"{h:.1f}", said
-                    )
-                )  # fmt: skip
-        x += width
+        bars.append((plan.numel / parameters, share, said))
     pruned = sum(plan.pruned for plan in plans)
     zeros = sum(plan.zeros or 0 for plan in plans)
     summary = (
         f"{title}: {pruned} of {len(plans)} layers pruned; the filled area is "
         f"{100 * zeros / parameters:.1f} % of the component's parameters"
     )
+    return _filled("layers", summary, bars)
+
+
+def blocks(title: str, records: Mapping[str, BlockRecord]) -> Markup:
+    """What went of each block: width = its share of all channels, height = the share that went.
+
+    So the filled area is the share of the channels that went.
+    """
+    channels = sum(block.width for block in records.values())
+    gone = sum(block.width - block.kept for block in records.values())
+    bars = [
+        (
+            block.width / channels,
+            1 - block.kept / block.width,
+            f"{name}: {block.kept} of {block.width} channels stay",
+        )
+        for name, block in records.items()
+    ]
+    narrower = sum(block.kept < block.width for block in records.values())
+    summary = (
+        f"{title}: {narrower} of {len(records)} blocks narrower; the filled area is "
+        f"{100 * gone / channels:.1f} % of their channels"
+    )
+    return _filled("layers blocks", summary, bars)
+
+
+def _filled(kind: str, summary: str, bars: Sequence[tuple[float, float, str]]) -> Markup:
+    """A bar for each (share of the width, share of the height that is filled, what it says)."""
+    from markupsafe import Markup
+
+    parts, x = [], 0.0
+    for share, filled, said in bars:
+        width, height = WIDTH * share, HEIGHT * filled
+        for which, y, h in (("room", 0.0, float(HEIGHT)), ("gone", HEIGHT - height, height)):
+            if h:
+                parts.append(
+                    Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}">'
+                           "<title>{}</title></rect>").format(
+                        which, f"{x:.2f}", f"{y:.1f}", f"{max(width, 0.4):.2f}", f"{h:.1f}", said
+                    )
+                )  # fmt: skip
+        x += width
     return Markup(
-        '<svg class="layers" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" '
+        '<svg class="{}" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" '
         'aria-label="{}">{}<path class="half" d="M0 {}H{}"/></svg>'
-    ).format(WIDTH, HEIGHT, summary, Markup("").join(bars), HEIGHT // 2, WIDTH)
+    ).format(kind, WIDTH, HEIGHT, summary, Markup("").join(parts), HEIGHT // 2, WIDTH)
 
 
 def forest(measures: Mapping[str, Measure], names: Mapping[str, str]) -> Markup:

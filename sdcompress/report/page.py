@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sdcompress.plan import Accounting, LayerPlan, SparsityPlan, account
 from sdcompress.prune import notes
 from sdcompress.report import charts
 from sdcompress.results import Check, Measure, Results
+from sdcompress.structure import ComponentStructure, Kind, read_record
 
 PAGE = "report.html"
 RESULTS, VERIFICATION, RECIPE = "results.json", "verify.json", "recipe.yaml"
@@ -49,6 +50,13 @@ NAMES = {
     "clip_distance": "CLIP Fréchet distance",
     "inception_fid": "FID",
 }
+# What is timed of each component.
+TIMED = {"text_encoder": "text_encoder", "unet": "unet_step", "vae": "vae_decoder"}
+KINDS: dict[Kind, str] = {
+    "neurons": "Feed-forward neurons",
+    "heads": "Attention heads",
+    "channels": "Channels inside ResNet blocks",
+}
 SCORES = ("prompt_accuracy", "clip_score")  # what the headline tells
 SAME = "no difference"
 # What a target's engines are built by; others run on the machine they are made on.
@@ -56,6 +64,21 @@ FOR_A_TARGET = ("tensorrt", "tensorrt_rtx", "trtexec")
 IDENTICAL = 100.0  # dB, in place of infinity
 # The bootstrap of a median is too sure of itself with fewer.
 ENOUGH_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a component with narrower blocks costs, as a share of the dense one.
+
+    `asked`: the budget it was to keep. `counts`: of the dense one and of what is left.
+    """
+
+    what: str
+    of: str
+    ratio: float
+    asked: float | None = None
+    counts: tuple[int, int] | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +124,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
     checks = read_checks(run)
     builds = read_builds(run)
     quality = read_quality(run)
+    structure = read_structure(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -130,7 +154,9 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
             not_measured(run),
             target=target_of(run),
             quality=quality,
+            structure=structure,
         ),
+        structure=[_narrowed(name, one, results) for name, one in structure.items()],
         results=results,
         forest=charts.forest(results.measures, NAMES) if results else "",
         sparsity=sparsity,
@@ -161,6 +187,7 @@ def headline(
     reason: str | None = None,
     target: str | None = None,
     quality: Quality | None = None,
+    structure: Mapping[str, ComponentStructure] | None = None,
 ) -> list[str]:
     """What was asked, what it brings and what it costs, claiming no more than was shown.
 
@@ -169,13 +196,18 @@ def headline(
     said = []
     if failed := [check.name for check in checks or () if not check.passed]:
         said.append(f"Verification failed: {_list(failed)}. Do not use this model.")
-    if sparsity:
+    said += [
+        _lost(name, one) for name, one in (structure or {}).items() if _kinds(one, narrower=True)
+    ]
+    zeros = bool(sparsity and sparsity.together.parameters_pruned)
+    if sparsity and (zeros or not structure):
         both = sparsity.together
         pruned = [
             _in_sentence(label(n)) for n, c in sparsity.components.items() if c.parameters_pruned
         ]
         said.append(
-            f"Asked for {percent(both.asked)} zeros in {_list(pruned or ['nothing'])}; "
+            f"Asked for {percent(both.asked)} zeros in "
+            f"{'what is left of ' if structure else ''}{_list(pruned or ['nothing'])}; "
             f"{percent(both.of_component)} of them really are zero, "
             f"{percent(sparsity.pipeline.of_component)} of the whole pipeline."
         )
@@ -203,7 +235,9 @@ def headline(
         if memory := results.measures.get("peak_memory"):
             said.append(_gain(memory, "peak memory", "less", "more"))
         kernels = results.engines["sparse"].sparse_kernels
-        if kernels.used == 0 and picture and picture.sparse_to_dense.verdict == SAME:
+        if kernels.used == 0 and structure:
+            said += ["The zeros take no part in that: no kernel of this engine skips them."] * zeros
+        elif kernels.used == 0 and picture and picture.sparse_to_dense.verdict == SAME:
             said.append(
                 "That is what theory says: unstructured zeros speed nothing up, and no kernel of "
                 "this engine skips zeros."
@@ -216,6 +250,15 @@ def headline(
         if quality and (metric := quality.metrics.get(name)) and metric.dense and metric.difference:
             said.append(_score(label(name), metric))
     return said
+
+
+def _lost(name: str, s: ComponentStructure) -> str:
+    kinds = [_in_sentence(KINDS[kind]) for kind in _kinds(s, narrower=True)]
+    return (
+        f"The {_in_sentence(label(name))} lost whole {_list(kinds)}: "
+        f"{percent(1 - _share(s.parameters_dense, s.parameters))} of its parameters and "
+        f"{percent(1 - _share(s.macs_dense, s.macs))} of its multiply-accumulates are gone."
+    )
 
 
 def _gain(measure: Measure, what: str, less: str, more: str) -> str:
@@ -321,6 +364,12 @@ def read_quality(run: Path) -> Quality | None:
         ) from e
 
 
+def read_structure(run: Path) -> dict[str, ComponentStructure]:
+    """What became of the blocks of each component, as the run's latest bundle says; {} if whole."""
+    manifests = (Bundle.open(run / b).manifest for b in BUNDLES if (run / b / MANIFEST).exists())
+    return next(filter(None, (read_record(m.details) for m in manifests)), {})
+
+
 def not_measured(run: Path) -> str | None:
     """Why the engines of a run were not measured, as the run's log says; None if it does not."""
     if not (run / LOG).exists():
@@ -407,6 +456,52 @@ def verdict(c: Comparison, unit: str) -> str:
         return SAME
     words = {"ms": ("faster", "slower"), "bytes": ("smaller", "larger")}[unit]
     return words[c.verdict == "higher"]
+
+
+def _narrowed(name: str, structure: ComponentStructure, results: Results | None) -> dict[str, Any]:
+    """What the page shows of one component's blocks."""
+    measure = results.measures.get(TIMED[name]) if results else None
+    kinds = [
+        {
+            "title": KINDS[kind],
+            "blocks": blocks,
+            "narrower": sum(b.kept < b.width for b in blocks.values()),
+            "chart": charts.blocks(f"{label(name)}, {_in_sentence(KINDS[kind])}", blocks),
+        }
+        for kind in _kinds(structure)
+        for blocks in [{n: b for n, b in structure.blocks.items() if b.kind == kind}]
+    ]
+    asked = structure.budget or {}
+    of = "of one sample in one step" if name == "unet" else "of one sample"
+    parameters = (structure.parameters_dense, structure.parameters)
+    macs = (structure.macs_dense, structure.macs)
+    costs = [
+        Cost("parameters", "", _share(*parameters), asked.get("params"), parameters),
+        Cost("multiply-accumulates", of, _share(*macs), asked.get("macs"), macs),
+    ]
+    run = f"of {_in_sentence(label(TIMED[name]))}"
+    if structure.latency is not None:
+        costs.append(Cost("time, by the table", run, structure.latency, asked.get("latency")))
+    if measure:
+        found = measure.sparse_to_dense
+        costs.append(Cost("time, measured", run, found.ratio, interval=(found.low, found.high)))
+    return {
+        "name": name,
+        "blocks": structure.blocks,
+        "budget": bool(structure.budget),
+        "kinds": kinds,
+        "costs": costs,
+    }
+
+
+def _share(dense: int, now: int) -> float:
+    return now / dense
+
+
+def _kinds(structure: ComponentStructure, *, narrower: bool = False) -> list[Kind]:
+    """The kinds of its blocks; `narrower`: only those of blocks that lost something."""
+    blocks = [b for b in structure.blocks.values() if b.kept < b.width or not narrower]
+    return [kind for kind in KINDS if any(b.kind == kind for b in blocks)]
 
 
 def _by_component(plan: SparsityPlan | None, sparsity: Accounting | None) -> list[dict[str, Any]]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from sdcompress import registry
-from sdcompress.criteria import GRADIENTS, STATISTICS, Criterion, LayerStats, load_criterion
+from sdcompress.criteria import (
+    DATA_FREE,
+    GRADIENTS,
+    STATISTICS,
+    Criterion,
+    LayerStats,
+    for_weights,
+    load_criterion,
+)
 from sdcompress.patterns import UNSTRUCTURED, Select, keep_mask
 
 WEIGHTS = {"linear": torch.randn(6, 8), "conv": torch.randn(6, 8, 3, 3)}
@@ -28,11 +38,10 @@ def _recorded(weight: torch.Tensor, names: frozenset[str]) -> dict[str, torch.Te
     }
 
 
-@pytest.mark.parametrize("name", registry.names("criteria"))
+@pytest.mark.parametrize("name", for_weights())
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_criterion_is_pure_and_shaped_like_its_weight(name: str, kind: str) -> None:
     criterion, weight = load_criterion(name), WEIGHTS[kind]
-    assert registry.summary("criteria", name), "the first line of the docstring is its description"
     before = weight.clone()
     stats = LayerStats(3, _recorded(weight, criterion.needs))
 
@@ -70,6 +79,19 @@ def test_random_is_seeded() -> None:
     assert not torch.equal(a, b)
 
 
-def test_a_criterion_either_scores_or_solves() -> None:
-    with pytest.raises(TypeError, match="exactly one"):
-        Criterion()
+@pytest.mark.parametrize("name", registry.names("criteria"))
+def test_a_criterion_says_what_it_is_and_needs(name: str) -> None:
+    assert registry.summary("criteria", name), "the first line of the docstring is its description"
+    assert load_criterion(name).needs <= DATA_FREE | STATISTICS
+
+
+def test_a_criterion_scores_or_solves_or_judges_groups() -> None:
+    cases: tuple[dict[str, Any], ...] = (
+        {},
+        {"score": min, "solve": min},
+        {"score": min, "group": True},
+    )
+    for several in cases:
+        with pytest.raises(TypeError, match="exactly one"):
+            Criterion(**several)
+    assert set(registry.names("criteria")) - set(for_weights()) == {"obs"}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sdcompress.errors import UsageError
-from sdcompress.recipe import load_recipe, model_of, recipe_names, recipe_summary
+from sdcompress.recipe import Budget, load_recipe, model_of, recipe_names, recipe_summary
 
 RULE = "prune: {unet: {rules: [%s]}}"
 GOOD = "{sparsity: 0.5}"
@@ -36,8 +36,18 @@ def test_a_recipe_reads_back_as_it_was_written_out(name: str, tmp_path: Path) ->
     assert again == recipe
 
 
-def test_the_issue_asks_for_these_recipes() -> None:
-    assert {"demo", "sd2-magnitude-38", "sd2-2to4", "sd-turbo-jetson"} <= set(recipe_names())
+def test_the_issues_ask_for_these_recipes() -> None:
+    asked = {"demo", "edge", "sd2-magnitude-38", "sd2-2to4", "sd-turbo-jetson"}
+    assert asked <= set(recipe_names())
+
+
+def test_the_demo_makes_the_model_faster_before_all_else() -> None:
+    makefile = Path("Makefile").read_text(encoding="utf-8")
+    assert "sdcompress run edge -o $(OUT)" in makefile
+    unet = load_recipe("edge").prune["unet"]
+    assert unet.structure
+    assert unet.structure.budget == Budget(latency=0.75)
+    assert unet.rules[0].pattern == "2:4"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +159,7 @@ def test_a_binary_file_is_no_recipe(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="demo, demo-2to4, sd-turbo-jetson"):
+    with pytest.raises(UsageError, match="demo, demo-2to4, edge, sd-turbo-jetson"):
         load_recipe("demoo")
 
 

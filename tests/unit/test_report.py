@@ -14,7 +14,14 @@ from sdcompress.errors import InputError
 from sdcompress.report import charts, picture_quality, write_report
 from sdcompress.report.page import Pair, amount, headline, percent, read_pairs, size, verdict
 from sdcompress.results import Check, DeviceMemory
-from tests.sample_run import ROUNDS, comparison, make_run, sample_plan, sample_results
+from tests.sample_run import (
+    ROUNDS,
+    comparison,
+    make_run,
+    sample_plan,
+    sample_results,
+    sample_structure,
+)
 
 FASTER = tuple(0.7 * x for x in ROUNDS)
 SLOWER = tuple(1.3 * x for x in ROUNDS)
@@ -209,11 +216,60 @@ def test_the_filled_area_of_the_chart_is_the_sparsity() -> None:
     plan = sample_plan()
     chart = str(charts.layers("UNet", plan.of("unet"), plan.parameters["unet"]))
     bars = re.findall(
-        r'class="zeros" x="[\d.]+" y="[\d.]+" width="([\d.]+)" height="([\d.]+)"', chart
+        r'class="gone" x="[\d.]+" y="[\d.]+" width="([\d.]+)" height="([\d.]+)"', chart
     )
     area = sum(float(w) * float(h) for w, h in bars) / (charts.WIDTH * charts.HEIGHT)
     assert area == pytest.approx(20_480 / 50_000, rel=1e-3)
     assert "41.0 % of the component" in chart
+
+
+def test_what_went_of_the_blocks(tmp_path: Path) -> None:
+    structure = {"unet": sample_structure({"latency": 0.75})}
+    make_run(tmp_path, sample_results(sparse=FASTER), structure=structure)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    for part in (
+        "The UNet lost whole feed-forward neurons, attention heads and channels inside ResNet",
+        "26.0 % of its parameters and 30.0 % of its multiply-accumulates are gone",
+        "Asked for 50.0 % zeros in what is left of UNet",
+        "The zeros take no part in that",
+        "time, by the table",
+        "×0.748",
+        "time, measured",
+        "All 6 blocks of the UNet",
+        "2 of 3 blocks narrower",
+        "up_blocks.0.resnets.0: 64 of 64 channels stay",
+    ):
+        assert part in text
+    section = text[text.index('id="structure"') : text.index('id="zeros"')]
+    assert re.findall(r'<td class="n">(×0\.750)</td>', section) == ["×0.750"]  # what was asked
+    assert section.count("by budget") == 6
+    assert "zeros speed nothing up" not in text
+
+
+def test_ratios_of_blocks_and_no_zeros(tmp_path: Path) -> None:
+    structure = sample_structure()
+    text = " ".join(headline(None, None, (), None, structure={"unet": structure}))
+    assert "30.0 % of its multiply-accumulates" in text
+    assert "zeros" not in text
+    make_run(tmp_path, structure={"unet": structure})
+    section = write_report(tmp_path).read_text(encoding="utf-8").partition('id="zeros"')[0]
+    assert section.count('<td class="n">25.0 %</td><td>magnitude</td>') == 6
+    assert "time, " not in section
+
+
+def test_a_run_of_whole_blocks_has_no_such_section(tmp_path: Path) -> None:
+    assert 'id="structure"' not in write_report(make_run(tmp_path)).read_text(encoding="utf-8")
+
+
+def test_the_filled_area_of_a_chart_of_blocks_is_what_went() -> None:
+    channels = {n: b for n, b in sample_structure().blocks.items() if b.kind == "channels"}
+    chart = str(charts.blocks("UNet", channels))
+    bars = re.findall(
+        r'class="gone" x="[\d.]+" y="[\d.]+" width="([\d.]+)" height="([\d.]+)"', chart
+    )
+    area = sum(float(w) * float(h) for w, h in bars) / (charts.WIDTH * charts.HEIGHT)
+    assert area == pytest.approx((24 + 28) / 256, rel=1e-3)
+    assert "2 of 3 blocks narrower; the filled area is 20.3 % of their channels" in chart
 
 
 @pytest.mark.parametrize("spread", [1e-5, 0.01, 0.05, 0.2, 0.7, 3.0])

@@ -534,6 +534,17 @@ def test_costs_are_those_of_the_model_that_is_really_made(
     assert weigh(tiny_source, recipe, PICTURES, tmp_path) == found  # read, not made again
 
 
+def test_what_a_model_of_narrower_blocks_costs(tiny_source: Bundle, tmp_path: Path) -> None:
+    rules = [{"kind": "neurons", "ratio": 0.5}]
+    unet = {"structure": {"rules": rules}, "rules": [{"layers": "*.ff.*", "pattern": "2:4"}]}
+    recipe = Recipe.model_validate({"name": "narrow", "prune": {"unet": unet}})
+    found = weigh(tiny_source, recipe, PICTURES, tmp_path)
+    # Half of the neurons go, then half of the weights of those that stay.
+    feed_forward = 3 * 12 * 32 * 32 * 64 + 12 * 64 * 64 * 16
+    text = 2 * 2 * TEXT_LAYER
+    assert found.macs == text + VAE + 2 * 3 * (UNET - feed_forward * 3 // 4)
+
+
 def test_the_outcome_is_a_recipe(
     tiny_source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
