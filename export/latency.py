@@ -10,6 +10,7 @@ they have inside it; the whole is timed in turn with them. A budget of latency a
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import onnx_ir as ir
@@ -45,7 +45,10 @@ from sdcompress.structure import Block, find_blocks
 
 SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)  # of the full width, which is measured as well
 MULTIPLE = 8  # of the widths measured, but for the narrowest there is
-SETTLE = 0.01  # seconds in which threads of what ran before may still be spinning
+MOST_ROUNDS = 50
+# Threads of a session that has run spin for 50 ms, and would take the cores from the next.
+QUIET = {"session.force_spinning_stop": "1"}
+ROOM = 2 << 30  # bytes of weights that are held at a time, beside those of the whole
 SLOW = 0.1  # seconds from which on making room for the first time is no great part of a run
 Run = Callable[[], float]  # runs once and tells the seconds
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
@@ -82,14 +85,15 @@ def measure_latency(
     sizes: Sizes | None = None,
     dtype: DTypeName = "fp32",
     rounds: int = 5,
-    budget: float = 0.5,
+    budget: float = 30.0,
     progress: Progress = _silent,
 ) -> LatencyTable:
     """Time the blocks of a component, and all of it, as `backend` runs them with these options.
 
-    Blocks that are alike are measured once. `budget` is about how many seconds the widths of a
-    block take together in each of `rounds`; each width runs once at least. The temporary directory
-    (TMPDIR) must have room for the component twice. `progress` counts kinds of blocks.
+    Blocks that are alike are measured once, as many at a time as memory has room for. In each of at
+    least `rounds` everything has its turn; fast components get more of them, about `budget` seconds
+    in all. The temporary directory (TMPDIR) must have room for the component twice. `progress`
+    counts kinds of blocks.
 
     Raises:
         UsageError: see `check`; or the component has no blocks.
@@ -103,30 +107,38 @@ def measure_latency(
     free = _free(source, sizes, exported)
     feeds = make_inputs(component_spec(exported, config), config, dtype, **free)
     kinds = _kinds(exported, config, blocks, free)
-    measured = {b.name: dict.fromkeys((b.unit, b.width), 0.0) for b in blocks}  # if never run
-    progress("measuring blocks", 0, len(kinds))
+    shares = {b.name: dict.fromkeys((b.unit, b.width), 0.0) for b in blocks}  # if never run
+    done, wholes, fewest = 0, list[float](), list[int]()
+    progress("measuring blocks", done, len(kinds))
     with _whole(source, exported, dtype, backend, options or {}, sizes) as (runner, details):
         whole = partial(_seconds, partial(runner.infer, feeds), lambda: runner.gpu_milliseconds)
-        expected, totals = _expected(whole), list[float]()
-        for done, kind in enumerate(kinds, 1):
-            modules = [kind.part(width, dtype) for width in kind.widths]
-            with _READY[backend](modules, kind.inputs(dtype), details, exported) as runs:
-                times = _in_turn(runs, rounds, budget)
-            seconds = dict(zip(kind.widths, times, strict=True))
-            measured |= dict.fromkeys(kind.names, seconds)
-            while len(totals) * len(kinds) < rounds * done:
-                totals.append(_turn(whole, expected, budget))
-            progress("measuring blocks", done, len(kinds))
-    here = environment()
+        for group in _groups(kinds, dtype):
+            with ExitStack() as stack:
+                runs: list[tuple[Run, Run]] = []
+                for kind in group:
+                    own = stack.enter_context(_READY[backend](kind, dtype, details, exported))
+                    runs += [(own[-1], run) for run in own]
+                    progress("measuring blocks", done := done + 1, len(kinds))
+                of_whole, times = _in_turn(whole, runs, rounds, budget)
+            wholes.append(min(of_whole))  # what else the machine does only ever adds
+            fewest.append(len(times[0]))
+            least = (min(one) / wholes[-1] for one in times)
+            for kind in group:
+                of_widths = {width: next(least) for width in kind.widths}
+                shares |= dict.fromkeys(kind.names, of_widths)
+    total, here = min(wholes), environment()
     return LatencyTable(
         component=component,
         machine=f"{here.accelerator or here.processor}, {here.cores} cores",
         backend=backend,
         options=details["options"],
         shapes={name: array.shape for name, array in feeds.items()},
-        rounds=rounds,
-        total=min(totals),
-        blocks=measured,
+        rounds=min(fewest),
+        total=total,
+        blocks={
+            name: {width: share * total for width, share in widths.items()}
+            for name, widths in shares.items()
+        },
     )
 
 
@@ -161,6 +173,9 @@ class _Kind:
         block, choices = self.block, self.block.choices(MULTIPLE)
         shares = (min(choices, key=lambda n: abs(n - s * block.units)) for s in SHARES)
         return [n * block.unit for n in sorted({block.units, *shares, 1}, reverse=True)]
+
+    def parts(self, dtype: DTypeName) -> list[nn.Module]:
+        return [self.part(width, dtype) for width in self.widths]
 
     def part(self, width: int, dtype: DTypeName) -> nn.Module:
         """The block at this width, with seeded weights, taking `inputs` one after the other."""
@@ -213,6 +228,21 @@ class _Parts(nn.Module):
         return tuple(part(*tensors) for part in self.parts)
 
 
+def _groups(kinds: Sequence[_Kind], dtype: DTypeName) -> Iterator[list[_Kind]]:
+    """The kinds, as many at a time as there is room for their weights."""
+    group, held = list[_Kind](), 0.0
+    for kind in kinds:
+        numbers = sum(weight.numel() for weight in kind.module.parameters())
+        full = numbers * TORCH_DTYPES[dtype].itemsize
+        nbytes = full * sum(kind.widths) / kind.block.width
+        if group and held + nbytes > ROOM:
+            yield group
+            group, held = [], 0.0
+        group.append(kind)
+        held += nbytes
+    yield group
+
+
 def _kinds(
     exported: str, config: Mapping[str, Any], blocks: Sequence[Block], free: Mapping[str, int]
 ) -> list[_Kind]:
@@ -257,47 +287,59 @@ def _whole(
         onnx = export_bundle(source, Path(folder) / "onnx", dtype=dtype, components=[exported])
         engine = chosen.build(onnx, Path(folder) / "engine", sizes=sizes, options=options)
         details = engine.manifest.details
-        with chosen.open(engine.path, exported, details) as runner:
+        runner = chosen.open(engine.path, exported, details)
+        if isinstance(runner, onnxruntime.OnnxRuntimeRunner):
+            runner.settings = QUIET
+        with runner:
             yield runner, details
 
 
 @contextmanager
 def _onnxruntime(
-    modules: Sequence[nn.Module],
-    inputs: Sequence[Tensor],
-    details: Mapping[str, Any],
-    exported: str,
+    kind: _Kind, dtype: DTypeName, details: Mapping[str, Any], exported: str
 ) -> Iterator[list[Run]]:
-    """A session for each module. All are traced at once, which takes little longer than one."""
+    """A session for each width."""
+    inputs = kind.inputs(dtype)
     names = [f"input_{i}" for i in range(len(inputs))]
-    traced = trace(_Parts(modules), inputs, input_names=names)
     feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     options = onnxruntime.Options.model_validate({**details["options"], "trt_engine_cache": False})
+    settings = {**QUIET, **onnxruntime.shared_memory()}
     with tempfile.TemporaryDirectory(prefix="sdcompress-") as folder, ExitStack() as stack:
         runs: list[Run] = []
-        for i, output in enumerate(traced.graph.outputs):
-            graph = ir.convenience.extract(traced.graph, traced.graph.inputs, [output])
-            file = Path(folder) / f"{i}.onnx"
-            ir.save(ir.Model(graph, ir_version=traced.ir_version), file, external_data=f"{i}.data")
+        for file in _write_parts(kind.parts(dtype), inputs, names, Path(folder)):
             session = onnxruntime.OnnxRuntimeRunner(file, options, details["providers"][exported])
+            session.settings = settings
             runner = stack.enter_context(session)
             runs.append(partial(_seconds, partial(runner.infer, feeds)))
         yield runs
 
 
+def _write_parts(
+    parts: Sequence[nn.Module], inputs: Sequence[Tensor], names: Sequence[str], folder: Path
+) -> list[Path]:
+    """A graph of each; all are traced at once, which takes little longer than one."""
+    traced, files = trace(_Parts(parts), inputs, input_names=names), []
+    for i, output in enumerate(traced.graph.outputs):
+        graph = ir.convenience.extract(traced.graph, traced.graph.inputs, [output])
+        files.append(folder / f"{i}.onnx")
+        model = ir.Model(graph, ir_version=traced.ir_version)
+        ir.save(model, files[-1], external_data=f"{i}.data")
+    return files
+
+
 @contextmanager
 def _torch_cuda(
-    modules: Sequence[nn.Module],
-    inputs: Sequence[Tensor],
+    kind: _Kind,
+    dtype: DTypeName,
     details: Mapping[str, Any],
     exported: str,
     device: str = "cuda",
 ) -> Iterator[list[Run]]:
     """The modules themselves, in a CUDA graph where the component runs in one."""
     options = torch_cuda.Options.model_validate(details["options"])
-    runs: list[Run] = []
+    inputs, runs = kind.inputs(dtype), list[Run]()
     with torch.inference_mode():
-        for module in modules:
+        for module in kind.parts(dtype):
             placed = torch_cuda.place(module, device, options)
             program = torch_cuda.Program(placed, inputs, device, options)
             clock = partial(getattr, program, "milliseconds")
@@ -318,24 +360,37 @@ def _seconds(
     return taken if told is None else told / 1000
 
 
-def _in_turn(runs: Sequence[Run], rounds: int, budget: float) -> list[float]:
-    """The seconds of each, the least of its turns: what else a machine does only ever adds."""
-    expected = [_expected(run) for run in runs]
-    times: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds):
-        for i in range(len(runs)) if number % 2 else reversed(range(len(runs))):
-            times[i].append(_turn(runs[i], expected[i], budget / len(runs)))
-    return [min(one) for one in times]
+def _in_turn(
+    whole: Run, runs: Sequence[tuple[Run, Run]], rounds: int, budget: float
+) -> tuple[list[float], list[list[float]]]:
+    """The seconds of the whole, and in every round those of each, the second of two.
+
+    Caches hold what they hold within the component, where a block has just been given its inputs,
+    and used its weights a whole run ago: it runs once before the whole, and its narrowest width,
+    the first of the two, once behind it. A whole that is slow hardly lives on caches and runs once
+    a round.
+    """
+    expected = _expected(whole)
+    each = [_expected(first) + 2 * _expected(run) for first, run in runs]
+    fast = expected < SLOW
+    a_round = sum(each) + expected * (len(runs) if fast else 1)
+    order, shuffle = list(range(len(runs))), random.Random(0).shuffle
+    of_whole, times = list[float](), [list[float]() for _ in runs]
+    for _ in range(max(rounds, min(MOST_ROUNDS, int(budget / a_round)))):
+        shuffle(order)
+        if not fast:
+            of_whole.append(whole())
+        for i in order:
+            first, run = runs[i]
+            if fast:
+                run()
+                of_whole.append(whole())
+                first()
+            times[i].append(run())
+    return of_whole, times
 
 
 def _expected(run: Run) -> float:
     """About how many seconds a run takes; the first makes room for what it computes."""
     first = run()
     return first if first > SLOW else run()
-
-
-def _turn(run: Run, expected: float, budget: float) -> float:
-    """The median of as many runs as the budget allows, after some that do not count."""
-    for _ in range(int(SETTLE / expected)):
-        run()
-    return median(run() for _ in range(max(1, min(100, int(budget / expected)))))

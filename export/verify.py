@@ -276,6 +276,7 @@ def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]
     made = _Made.of(bundle, parent)
     plan = bundle.manifest.plan
     pruned = {(p.component, p.name) for p in plan.layers if p.pruned} if plan else set()
+    tuned = _tuned(bundle, pruned)
     wrong = []
     for weight in _weights(bundle, graphs):
         if weight.key not in parents:
@@ -287,7 +288,7 @@ def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]
             if weight.key in made.refitted:
                 if weight.shape != tuple(before.shape):
                     wrong.append(weight.label)
-            elif not _descends(bundle, pruned, weight, before):
+            elif not _descends(bundle, pruned, tuned, weight, before):
                 wrong.append(weight.label)
     good = {
         "pruned": "every weight kept has the parent's bits"
@@ -324,14 +325,10 @@ class _Made:
         before = read_record(parent.manifest.details)
         for model, record in read_record(manifest.details).items():
             if model not in before:
-                made._narrowed(model, record, bundle, parent)
+                made._narrowed(model, record, parent)
         return made
 
-    def _narrowed(
-        self, model: str, record: ComponentStructure, bundle: Bundle, parent: Bundle
-    ) -> None:
-        section = Recipe.model_validate(bundle.manifest.recipe).prune[model].structure
-        refit = section is not None and any(rule.refit for rule in section.rules)
+    def _narrowed(self, model: str, record: ComponentStructure, parent: Bundle) -> None:
         catalog = read_catalog(parent.path)
         config = read_config(catalog.folder(model))
         for block in find_blocks(model, catalog.shapes(model), config):
@@ -342,7 +339,7 @@ class _Made:
             for part in block.parts:
                 how = partial(cut, part=part, channels=channels, width=block.width)
                 self.cuts[model, part.tensor].append(how)
-            if refit or (said.criterion and load_criterion(said.criterion).group):
+            if said.refit:
                 self.refitted.add((model, block.consumer))
 
 
@@ -364,8 +361,25 @@ def _moves_zeros(bundle: Bundle) -> bool:
     return bundle.manifest.details.get("masks") == "moved"
 
 
+def _tuned(bundle: Bundle, pruned: Set[tuple[str, str]]) -> set[str]:
+    """The components that a tuning may have changed: those with zeros, and narrower ones."""
+    if bundle.manifest.stage != "tuned":
+        return set()
+    tuned = {model for model, _ in pruned}
+    if _moves_zeros(bundle):
+        return tuned  # such a method has nothing to do elsewhere
+    for model, record in read_record(bundle.manifest.details).items():
+        if any(block.kept < block.width for block in record.blocks.values()):
+            tuned.add(model)
+    return tuned
+
+
 def _descends(
-    bundle: Bundle, pruned: Set[tuple[str, str]], weight: _Weight, before: Tensor
+    bundle: Bundle,
+    pruned: Set[tuple[str, str]],
+    tuned: Set[str],
+    weight: _Weight,
+    before: Tensor,
 ) -> bool:
     value = weight.read()
     before = before.to(value.dtype)
@@ -373,7 +387,7 @@ def _descends(
         return False
     if bundle.manifest.stage == "pruned":
         before = torch.where(value == 0, value, before)
-    elif bundle.manifest.stage == "tuned" and weight.model in {model for model, _ in pruned}:
+    elif weight.model in tuned:
         # A zero that nobody pruned, as in many a bias, may become something else.
         free = weight.key not in pruned or _moves_zeros(bundle)
         return free or bool((value[before == 0] == 0).all())

@@ -87,8 +87,8 @@ class StructureRule(_Part):
     """One rule about blocks that lose neurons, heads or channels as a whole (see `structure`).
 
     `blocks` is a glob on their names ("down_blocks.*.ff"); `ratio` is the share that goes, left out
-    where a budget decides. What stays is a multiple of `multiple` channels; of a block that a
-    budget decides on, at most `max_ratio` goes. With `refit`, what stays of the layer behind a
+    where a budget decides, of which `max_ratio` is the most. What stays is a multiple of `multiple`
+    channels. With `refit`, what stays of the layer behind a
     block is fitted anew by least squares, to inputs recorded while the model paints.
     """
 

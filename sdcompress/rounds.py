@@ -90,7 +90,7 @@ def prune_in_rounds(
     with _alone(folder) if is_main_process() else nullcontext():
         if fresh:
             on_main_process(lambda: _remove_all_but((), folder))
-        done, model = _resume(folder, steps)
+        done, model = _resume(folder, steps, recipe.schedule)
         model = _go_on(source, recipe, tables, folder, steps, done, model, progress)
         on_main_process(lambda: _finish(recipe, folder, steps, model, out, replace))
     return Bundle.open(out)
@@ -305,16 +305,24 @@ def _alone(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _resume(folder: Path, steps: Sequence[_Step]) -> tuple[int, Bundle | None]:
+def _resume(folder: Path, steps: Sequence[_Step], schedule: Schedule) -> tuple[int, Bundle | None]:
     """How many steps an earlier call has finished, and the bundle of the last of them."""
     known = _read_history(folder)
     for done in range(len(steps), 0, -1):
         with suppress(InputError, VerificationError):  # not there, or damaged since
             bundle = Bundle.open(folder / steps[done - 1].name)
             bundle.check_files()
+            if done < len(steps) and not schedule.recalibrate:
+                for step in _before_rounds(steps):
+                    Bundle.open(folder / step.name).check_files()
             if all(step.name in known for step in steps[: done - 1]):
                 return done, bundle
     return 0, None
+
+
+def _before_rounds(steps: Sequence[_Step]) -> list[_Step]:
+    """What statistics that are recorded once are recorded on."""
+    return [step for step in steps if not step.round]
 
 
 def _go_on(
@@ -329,9 +337,7 @@ def _go_on(
 ) -> Bundle:
     """The bundle of the last step; `model` is what `done` steps have left."""
     schedule, statistics = recipe.schedule, None
-    # Statistics that are recorded once are of what the first round prunes.
-    first = next(step for step in steps if step.round)
-    before_first = steps[: steps.index(first)]
+    first, before_first = next(s for s in steps if s.round), _before_rounds(steps)
 
     def tell(step: _Step, what: str, done: int, total: int) -> None:
         what = "tuning" if isinstance(step.do, Tune) else what  # which would tell its loss, too

@@ -87,7 +87,7 @@ class BlockRecord(BaseModel):
     """What became of one block; `width` and `kept` count channels, `removed` names units.
 
     `asked` is the share of the units that was to go, None where a budget decided; `criterion` is
-    None for a block that no rule spoke of.
+    None for a block that was not judged. With `refit`, the consumer's weights were fitted anew.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -98,6 +98,7 @@ class BlockRecord(BaseModel):
     kept: int
     asked: float | None
     criterion: str | None
+    refit: bool = False
     removed: str  # "0-3,7"
 
 
@@ -156,8 +157,7 @@ def _heads_diffusers(c: str, name: str, shapes: _Shapes, config: Mapping[str, An
     if c == "vae":
         unit = config.get("attention_head_dim") or full
     else:
-        # The first is what newer configs may say, the second diffusers' historical name for it.
-        heads = config.get("num_attention_heads") or config["attention_head_dim"]
+        heads = config["attention_head_dim"]  # diffusers' historical name for their number
         levels = len(config["block_out_channels"])
         unit = full // (heads if isinstance(heads, int) else heads[level_of(name, levels)])
     return _block(c, name, "heads", full, unit, producers, consumer, shapes)

@@ -1,10 +1,11 @@
-"""Weights → an engine of their UNet alone, in fp32 on the CPU: `engine.py WEIGHTS ENGINE`.
+"""Weights → an engine of their UNet alone, in fp32: `engine.py WEIGHTS ENGINE OPTIONS`.
 
 In a process of its own, because exporting and loading the full size each take gigabytes.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from export.to_onnx import export_bundle
 from sdcompress.bundle import MANIFEST, Bundle
 from sdcompress.models.sources import resolve
 
-BACKEND, OPTIONS = "onnxruntime", {"provider": "cpu"}
+BACKEND = "onnxruntime"
 
 
 def open_weights(model: str) -> Bundle:
@@ -26,13 +27,13 @@ def open_weights(model: str) -> Bundle:
     return Bundle.of_source(found.directory, found.source)
 
 
-def main(weights: str, engine: str) -> None:
+def main(weights: str, engine: str, options: str) -> None:
     out = Path(engine)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx-") as folder:
         onnx = export_bundle(
             open_weights(weights), Path(folder) / "onnx", dtype="fp32", components=[UNET]
         )
-        load_backend(BACKEND).build(onnx, out, options=OPTIONS)
+        load_backend(BACKEND).build(onnx, out, options=json.loads(options))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.criteria import one_point
-from benchmarks.criteria.measure import SAMPLES, processes, run
+from benchmarks.criteria.measure import SAMPLES, Task, processes, run
 from benchmarks.structured import quality, report, speed
 from benchmarks.structured.points import all_points, protocol
 from sdcompress.bundle import write_json
@@ -64,7 +64,7 @@ def measure_quality(work: Path, jobs: int, samples: int, points: int | None) -> 
     """Every point that `work` has no answer of; returns what could not be measured, and why."""
     place, failed = work / "quality", dict[str, str]()
     check_protocol(place, samples)
-    speed.measure_table("mini-sd2", work / "mini")  # before others work
+    speed.measure_table(speed.PARTS["mini"], work / "mini", "mini-sd2")  # before others work
     table = speed.table_of(work / "mini")
     with processes(jobs) as pool:
         painted = {
@@ -72,7 +72,7 @@ def measure_quality(work: Path, jobs: int, samples: int, points: int | None) -> 
             for which, name in enumerate(("dense pictures", "dense pictures, other seeds"))
         }
         run(pool, painted, failed)
-        tasks = {
+        tasks: dict[str, Task] = {
             str(point): (quality.measure_point, (point, table, place, samples))
             for point in all_points()[:points]
             if not quality.answer_file(place, point).exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.structured import engine as engine_module
-from benchmarks.structured.engine import BACKEND, OPTIONS, open_weights
+from benchmarks.structured.engine import BACKEND, open_weights
 from benchmarks.structured.worker import UNET
 from export.bench import busy_cores, environment
 from export.comparison import make_control, make_measures
@@ -32,6 +32,7 @@ WORKER = "benchmarks.structured.worker"
 ROOT = Path(__file__).parents[2]
 MAKE_MODEL = ROOT / "benchmarks" / "full_size" / "make_model.py"
 SDCOMPRESS = [sys.executable, "-m", "sdcompress"]
+OWN = "engine_memory"
 BATCH = 2  # with guidance, of one picture
 BUDGETS = {"latency": 0.75, "macs": 0.7}
 FOLLOWED = 0.8  # of the time that its MACs promise to save, what a kind of block saves at least
@@ -48,17 +49,22 @@ prune:
 
 @dataclass(frozen=True)
 class Part:
-    """One geometry: in each of `rounds`, each engine runs `iterations` times after `warm_up`."""
+    """One geometry: in each of `rounds`, each engine runs `iterations` times after `warm_up`.
+
+    `options` are the backend's.
+    """
 
     name: str
+    options: dict[str, Any]
     rounds: int
     warm_up: int
     iterations: int
 
 
 PARTS = {
-    "mini": Part("mini", rounds=20, warm_up=20, iterations=200),
-    "full": Part("full", rounds=7, warm_up=0, iterations=2),
+    # So small that a second thread brings little, and waits for others more than it works.
+    "mini": Part("mini", {"provider": "cpu", "threads": 1}, rounds=20, warm_up=20, iterations=200),
+    "full": Part("full", {"provider": "cpu"}, rounds=7, warm_up=0, iterations=2),
 }
 
 
@@ -92,19 +98,28 @@ def measure(part: Part, work: Path, model: str | None, rounds: int | None) -> No
     """Everything that `work` has no answer of. `model` is for the full size, made if None."""
     work.mkdir(parents=True, exist_ok=True)
     model = model_of(part, work, model)
-    measure_table(model, work)
+    measure_table(part, work, model)
     for what, share in BUDGETS.items():
         if not (work / "pruned" / what).exists():
             recipe = work / f"{what}.yaml"
             write_text(recipe, RECIPE.format(what=what, share=share))
             table = ["--table", table_of(work)] if what == "latency" else []
-            out = ["-o", work / "pruned" / what]
-            run([*SDCOMPRESS, "prune", model, "--recipe", recipe, *table, *out])
+            narrow = work / "pruned" / what
+            run([*SDCOMPRESS, "prune", model, "--recipe", recipe, *table, "-o", narrow])
     for name in ("dense", *BUDGETS):
         if not (out := engine_of(work, name)).exists():
             out.parent.mkdir(exist_ok=True)
             weights = model if name == "dense" else work / "pruned" / name
-            run([sys.executable, "-m", engine_module.__name__, weights, out])
+            run(
+                [
+                    sys.executable,
+                    "-m",
+                    engine_module.__name__,
+                    weights,
+                    out,
+                    json.dumps(part.options),
+                ]
+            )
     wanted, jobs = rounds or part.rounds, make_jobs(part, work)
     for number, order in enumerate(turns(list(jobs), wanted)):
         file = round_file(work, number)
@@ -133,11 +148,11 @@ def model_of(part: Part, work: Path, given: str | None) -> str:
     return given
 
 
-def measure_table(model: str, work: Path) -> LatencyTable:
+def measure_table(part: Part, work: Path, model: str) -> LatencyTable:
     """The table of this machine, measured unless it is there."""
     if not table_of(work).exists():
         work.mkdir(parents=True, exist_ok=True)
-        options = [f"--option={key}={value}" for key, value in OPTIONS.items()]
+        options = [f"--option={key}={value}" for key, value in part.options.items()]
         how = ["--component", UNET, "--backend", BACKEND, *options, "--guidance"]
         run([*SDCOMPRESS, "latency", model, *how, "-o", table_of(work)])
     return read_table(table_of(work))
@@ -193,6 +208,8 @@ def results(part: Part, work: Path) -> dict[str, Any] | None:
         "rounds": len(rounds),
         "iterations": part.iterations,
         "batch": BATCH,
+        "backend": BACKEND,
+        "options": part.options,
         "busy_cores": [r["busy_cores"] for r in rounds],
         "table": {
             "sha256": table.sha256,
@@ -207,7 +224,7 @@ def results(part: Part, work: Path) -> dict[str, Any] | None:
     for what, share in BUDGETS.items():
         measures = compared(answers, what)
         record = read_record(Bundle.open(work / "pruned" / what).manifest.details)[UNET]
-        found["control"] = make_control(measures).model_dump(mode="json")
+        found["control"] = make_control({UNET: measures[UNET]}).model_dump(mode="json")
         found["engine_bytes"][what] = engine_bytes(work, what)
         kinds, rest = by_kind(model, table, record)
         found["budgets"][what] = {
@@ -224,9 +241,15 @@ def results(part: Part, work: Path) -> dict[str, Any] | None:
 
 
 def compared(answers: Mapping[str, Sequence[Mapping[str, Any]]], what: str) -> dict[str, Measure]:
-    """One step, loading, and peak memory, of one budget against the dense engine."""
-    three = {"dense": answers["dense"], "sparse": answers[what], "control": answers["control"]}
-    return make_measures(three, (UNET, "load"))
+    """One step, peak memory, and that without what the runtime takes for itself, of one budget
+    against the dense engine.
+    """
+    three = {
+        name: [{**a, OWN: a["peak_anonymous_bytes"] - a["before_bytes"]} for a in answers[key]]
+        for name, key in (("dense", "dense"), ("sparse", what), ("control", "control"))
+    }
+    measures = make_measures(three, (UNET, OWN))
+    return {**measures, OWN: measures[OWN].model_copy(update={"unit": "bytes"})}
 
 
 def engine_bytes(work: Path, name: str) -> int:

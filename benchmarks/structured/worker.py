@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from export.bench_worker import QUIET
 from export.specs import component_spec, make_inputs
 from sdcompress.catalog import read_config
 from sdcompress.errors import SdcompressError
+from sdcompress.measure import anonymous_bytes
 
 UNET = "unet"
 
@@ -26,10 +28,8 @@ def main(job_path: str, result_path: str) -> None:
     backend = load_backend(details["backend"])
     if why := backend.why_not_run(details):  # imports the runtime, so that loading is without it
         raise SdcompressError(why)
-    result: dict[str, Any] = {UNET: []}
-    start = time.perf_counter()
+    result: dict[str, Any] = {UNET: [], "before_bytes": anonymous_bytes(os.getpid())}
     with backend.open(engine, UNET, details) as runner:
-        result["load"] = (time.perf_counter() - start) * 1000
         runner.infer(feeds)
         print(QUIET, flush=True)
         for number in range(-job["warm_up"], job["iterations"]):

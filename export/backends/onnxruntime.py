@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,10 +128,11 @@ class OnnxRuntimeBackend:
 
 
 class OnnxRuntimeRunner(Runner):
-    """A session on one `model.onnx`."""
+    """A session on one `model.onnx`; `settings` are more entries of its configuration."""
 
     def __init__(self, model: Path, options: Options, provider: str) -> None:
         self._model, self._options, self._provider = model, options, provider
+        self.settings: Mapping[str, str] = {}
         self._session: Any = None
 
     def load(self) -> None:
@@ -199,6 +201,8 @@ class OnnxRuntimeRunner(Runner):
         levels = ort.GraphOptimizationLevel
         options = ort.SessionOptions()
         options.log_severity_level = 3  # warnings about the graph's shape help nobody here
+        for name, value in self.settings.items():
+            options.add_session_config_entry(name, value)
         if self._options.threads:
             options.intra_op_num_threads = self._options.threads
         options.graph_optimization_level = {
@@ -230,6 +234,19 @@ class OnnxRuntimeRunner(Runner):
         folder = Path.home() / ".cache" / "sdcompress" / "tensorrt" / digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+@lru_cache(maxsize=1)
+def shared_memory() -> dict[str, str]:
+    """The settings of sessions that compute in the same memory, one after the other.
+
+    A session of its own keeps as much as its largest run has needed, for as long as it lives.
+    """
+    import onnxruntime as ort
+
+    kind, use = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ort.OrtMemType.DEFAULT
+    ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", kind, 0, use), None)
+    return {"session.use_env_allocators": "1"}
 
 
 def _options(options: Mapping[str, Any] | None) -> Options:

@@ -137,37 +137,30 @@ def measure_missing(
 
     They are measured once for a model, a backend and a machine, and kept in the cache; `fresh`
     measures them again.
+
+    Raises:
+        UsageError: the recipe's backend cannot time blocks here.
     """
     from sdcompress.calibrate import on_main_process
     from sdcompress.commands._common import told_progress
     from sdcompress.latency import read_table
     from sdcompress.shrink import needs_tables
 
+    missing = [component for component in needs_tables(recipe) if component not in tables]
     made = dict(tables)
-    for component in needs_tables(recipe):
-        if component in made:
-            continue
+    for component in missing:
         file = _kept(source, recipe, component)
 
         def measure(component: str = component, file: Path = file) -> None:
             from export.latency import measure_latency
-
-            from export.run import sampling
-            from export.specs import Sizes
+            from export.run import as_engines
             from sdcompress.bundle import write_text
 
             if file.is_file() and not fresh:
                 return
-            asked = sampling(recipe, source)
-            with told_progress(f"measuring {component}") as progress:
-                table = measure_latency(
-                    source,
-                    component,
-                    backend=recipe.engine.backend,
-                    options=recipe.engine.options,
-                    sizes=Sizes(1, asked["guidance"] > 1, asked["height"], asked["width"]),
-                    progress=progress,
-                )
+            with told_progress("exporting") as progress:
+                asked = as_engines(recipe, source)
+                table = measure_latency(source, component, **asked, progress=progress)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, table.model_dump_json(indent=1) + "\n")
 
@@ -179,17 +172,18 @@ def measure_missing(
 def _kept(source: Bundle, recipe: Recipe, component: str) -> Path:
     """Where a table is kept, by all that it depends on."""
     import hashlib
+    from dataclasses import asdict
 
     from export.bench import machine
-    from export.run import sampling
+    from export.run import as_engines
     from sdcompress.bundle import runtime_versions, to_json, tool_versions
     from sdcompress.cache import cache_folder
 
+    asked = as_engines(recipe, source)
     made_of = {
         "source": source.digest,
         "component": component,
-        "engine": recipe.engine.model_dump(mode="json"),
-        "sampling": sampling(recipe, source),
+        "asked": {**asked, "sizes": asdict(asked["sizes"])},
         "tools": {**tool_versions(), **runtime_versions()},
         "machine": machine(),
     }

@@ -28,6 +28,7 @@ class PlannedBlock(BaseModel):
 
     `asked` is the share that the rule wants gone, `kept` what stays of it, a multiple of
     `multiple`. Either is null where a budget decides; `skipped_because` says why all of it stays.
+    With `refit` what is behind the block is fitted anew.
     """
 
     name: str
@@ -36,6 +37,7 @@ class PlannedBlock(BaseModel):
     width: int
     multiple: int | None
     criterion: str | None
+    refit: bool
     asked: float | None
     kept: int | None
     skipped_because: str | None
@@ -180,6 +182,7 @@ def _structure(
                     width=fate.block.width,
                     multiple=fate.rule.multiple if fate.rule else None,
                     criterion=fate.rule.criterion if fate.rule else None,
+                    refit=bool(fate.rule and fate.rule.refit),
                     asked=fate.rule.ratio if fate.rule else None,
                     kept=None if fate.kept is None else fate.kept * fate.block.unit,
                     skipped_because=fate.skipped_because,
@@ -207,11 +210,10 @@ def _show_structure(console: Console, component: str, structure: PlannedStructur
         stay = (
             f"by budget, in steps of {math.lcm(block.unit, block.multiple or 1)}"
             if block.kept is None
-            else f"{block.kept} ({block.kept / block.width:.1%})"
+            else f"{block.kept} ({1 - block.kept / block.width:.1%} go)"
         )
-        table.add_row(
-            f"{component}.{block.name}", block.kind, str(block.width), block.criterion, gone, stay
-        )
+        how = f"{block.criterion}{', refit' if block.refit else ''}"
+        table.add_row(f"{component}.{block.name}", block.kind, str(block.width), how, gone, stay)
     console.print(table)
     for what, before, after in (
         ("parameters", structure.parameters_dense, structure.parameters),
@@ -256,6 +258,8 @@ def _show(console: Console, output: Output, show_all: bool) -> None:
             hidden += 1
     if table.row_count:
         console.print(table)
+        for component in (c for c, s in output.structure.items() if s.budget):
+            console.print(f"{component}: shapes before its budget is spent")
     if hidden:
         console.print(
             f"{hidden} more tensors stay dense: biases, normalisation and components the recipe "

@@ -41,7 +41,7 @@ from sdcompress.patterns import UNSTRUCTURED, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
 from sdcompress.prune._decisions import Decisions, Progress
 from sdcompress.prune._write import read_finite, record_tensor, write_pruned
-from sdcompress.recipe import Recipe, Rule, StructureRule
+from sdcompress.recipe import Recipe
 from sdcompress.structure import RECORD, read_record
 
 if TYPE_CHECKING:
@@ -190,10 +190,12 @@ def decisive(recipe: Recipe) -> dict[str, Any]:
 
 def needed(recipe: Recipe) -> frozenset[str]:
     """All that the criteria of a recipe need, those that choose whole blocks included."""
-    rules: list[Rule | StructureRule] = []
+    names = set[str]()
     for section in recipe.prune.values():
-        rules += [*section.rules, *(section.structure.rules if section.structure else ())]
-    return frozenset[str]().union(*(_needs_of(r.criterion) for r in rules if not r.keep))
+        names |= {rule.criterion for rule in section.rules if not rule.keep}
+        for rule in section.structure.rules if section.structure else ():
+            names |= set() if rule.keep else {rule.criterion, *(["obs"] if rule.refit else [])}
+    return frozenset[str]().union(*map(_needs_of, names))
 
 
 def notes(manifest: Manifest) -> list[str]:

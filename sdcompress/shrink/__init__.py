@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as replace_in
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sdcompress.bundle import (
     Bundle,
     Manifest,
+    TensorRecord,
     link_files,
     refuse_existing,
     seal,
@@ -41,7 +43,7 @@ from sdcompress.shrink._budget import (
 from sdcompress.shrink._importance import Removal, wanted
 from sdcompress.shrink._judge import Judge
 from sdcompress.shrink._plan import Fate, fates, narrowed, structured
-from sdcompress.shrink._write import write_narrow
+from sdcompress.shrink._write import records_of, write_narrow
 from sdcompress.structure import RECORD, Block, BlockRecord, ComponentStructure, to_ranges
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "costs_of",
     "narrowed",
     "needs_tables",
+    "refuse_pruned",
     "shrink",
 ]
 
@@ -140,6 +143,7 @@ def shrink(
     """
     catalog = read_catalog(source.path)
     planned = check(recipe, catalog, tables)
+    refuse_pruned(source, recipe)
     if missing := [c for c in needs_tables(recipe) if c not in (tables or {})]:
         raise UsageError(
             f"{missing[0]}: a budget of latency needs a table of what widths cost; measure one "
@@ -159,10 +163,10 @@ def shrink(
         removals = _judge_all(judge, planned, progress)
         settled = {c: _settle(c, recipe, catalog, tables, removals, f) for c, f in planned.items()}
         with staging(out, replace=replace) as work:
-            plan, records = _write(
+            plan, tensors, structures = _write(
                 work, recipe, catalog, tables, judge, removals, settled, progress
             )
-            details = {RECORD: {c: record.model_dump(mode="json") for c, record in records.items()}}
+            told = {c: structure.model_dump(mode="json") for c, structure in structures.items()}
             linked = link_files(source, work)
             manifest = Manifest(
                 stage="pruned",
@@ -171,7 +175,8 @@ def shrink(
                 recipe=recipe.model_dump(mode="json", include=_decides(bool(needed))),
                 tools=tool_versions(),
                 plan=plan,
-                details=details,
+                tensors=tensors,
+                details={RECORD: told},
             )
             seal(work, manifest, linked=linked)
 
@@ -179,8 +184,23 @@ def shrink(
     return Bundle.open(out)
 
 
-def _decides(calibrated: bool) -> set[str]:
-    return {"name", "seed", "prune", "sampling"} | ({"calibration"} if calibrated else set())
+def refuse_pruned(source: Bundle, recipe: Recipe) -> None:
+    """Raise UsageError where zeros that somebody asked for would be forgotten."""
+    plan = source.manifest.plan
+    for component in structured(recipe):
+        if plan and any(layer.pruned for layer in plan.of(component)):
+            raise UsageError(
+                f"{source.path}: expected a model without pruned weights in its {component}, found "
+                "a bundle that has them; put 'structure' and 'rules' into one recipe, for the "
+                "dense model"
+            )
+
+
+def _decides(calibrated: bool) -> dict[str, Any]:
+    """The parts of a recipe that a narrower bundle depends on."""
+    parts: dict[str, Any] = {"name": True, "seed": True, "prune": True}
+    parts["sampling"] = {"height", "width"}
+    return parts | ({"calibration": True} if calibrated else {})
 
 
 def _wanted(planned: Mapping[str, Sequence[Fate]]) -> Wanted:
@@ -233,30 +253,35 @@ def _write(
     removals: Mapping[Block, Removal],
     settled: Mapping[str, Sequence[Fate]],
     progress: Progress,
-) -> tuple[SparsityPlan, dict[str, ComponentStructure]]:
-    """Write what changes, and say what it is."""
+) -> tuple[SparsityPlan, dict[str, dict[str, TensorRecord]], dict[str, ComponentStructure]]:
+    """Write what changes; gives a plan and a record of every tensor, and what became of blocks."""
     narrow = narrowed(catalog, settled)
-    total = sum(i.nbytes for c in settled for h in catalog.headers[c] for i in h.tensors.values())
-    done, records = 0, {}
+    total = sum(i.nbytes for hs in catalog.headers.values() for h in hs for i in h.tensors.values())
+    done, tensors, structures = 0, {}, {}
 
     def count(nbytes: int) -> None:
         nonlocal done
         done += nbytes
         progress("cutting", done, total)
 
-    for component, several in settled.items():
+    for component in catalog.components:
+        if not (several := settled.get(component)):
+            tensors[component] = records_of(catalog, component, count)
+            continue
         losing = [f for f in several if f.kept is not None and f.kept < f.block.units]
         left = {f.block: removals[f.block].kept(f.kept or 0, f.block.units) for f in losing}
         refitted = {
-            f.block.consumer: weight
-            for f in losing
-            if (weight := judge.refit(f, left[f.block])) is not None
+            f.block.consumer: judge.refit(f, left[f.block]) for f in losing if judge.refits(f)
         }
-        write_narrow(catalog, component, narrow, left, refitted, work, count)
-        records[component] = _record(component, recipe, catalog, narrow, tables, several, left)
+        tensors[component] = write_narrow(catalog, component, narrow, left, refitted, work, count)
+        structures[component] = _record(
+            component, recipe, catalog, narrow, tables, judge, several, left
+        )
     # Single weights are another step's business.
     sections = {c: recipe.prune[c].model_copy(update={"rules": ()}) for c in settled}
-    return make_plan(recipe.model_copy(update={"prune": sections}), narrow), records
+    plan = make_plan(recipe.model_copy(update={"prune": sections}), narrow)
+    removed = {c: catalog.parameters[c] - narrow.parameters[c] for c in settled}
+    return plan.model_copy(update={"removed": removed}), tensors, structures
 
 
 def _record(
@@ -265,6 +290,7 @@ def _record(
     catalog: Catalog,
     narrow: Catalog,
     tables: Tables | None,
+    judge: Judge,
     several: Sequence[Fate],
     left: Left,
 ) -> ComponentStructure:
@@ -283,7 +309,8 @@ def _record(
             width=block.width,
             kept=len(kept) * block.unit,
             asked=rule.ratio if rule else None,
-            criterion=rule.criterion if rule else None,
+            criterion=rule.criterion if rule and not rule.keep else None,
+            refit=block in left and judge.refits(fate),
             removed=to_ranges(sorted(set(range(block.units)) - set(kept))),
         )
     return ComponentStructure(

@@ -55,16 +55,24 @@ def latency_of(component: str, table: LatencyTable) -> Costs:
     """Seconds of one run.
 
     Raises:
-        UsageError: the table is another component's.
+        UsageError: the table is another component's, or, once it is asked, another model's.
     """
     if table.component != component:
         raise UsageError(
             f"{component}: expected a latency table of it, found one of {table.component}; measure "
             f"one with `sdcompress latency --component {component}`"
         )
-    return Costs(
-        "latency", table.total, lambda block, kept: table.seconds(block.name, kept * block.unit)
-    )
+
+    def of(block: Block, kept: int) -> float:
+        if (widest := max(table.blocks.get(block.name, {0: 0}))) != block.width:
+            raise UsageError(
+                f"{component}: expected a latency table of a model whose {block.name} has "
+                f"{block.width} channels, found {widest or 'no such block'}; measure one of this "
+                "model with `sdcompress latency`"
+            )
+        return table.seconds(block.name, kept * block.unit)
+
+    return Costs("latency", table.total, of)
 
 
 def closest(costs: Costs, fates: Sequence[Fate]) -> float:
@@ -89,21 +97,23 @@ def spend(
     and the sum of losses is the least.
 
     `losses[block][n]` is what n units less in a block lose. Each block takes one of its widths: the
-    multiple-choice knapsack problem, solved exactly by dynamic programming over costs that are
-    rounded up to 1/32768 of dense, so that the budget holds.
-
-    Raises:
-        UsageError: not even the cheapest widths fit.
+    multiple-choice knapsack problem, solved by dynamic programming; exactly, but that each block's
+    cost is rounded up to 1/32768 of dense, so that the budget holds. `share` is one that
+    `check_budget` lets pass.
     """
     import numpy as np
 
     grain = costs.total / _STEPS
+    cheapest = {f.block: min(costs.of(f.block, n) for n in f.choices()) for f in fates}
 
     def cost(fate: Fate, units: int) -> int:
-        return math.ceil(costs.of(fate.block, units) / grain - 1e-9)
+        """Above what the block costs at the least."""
+        above = costs.of(fate.block, units) - cheapest[fate.block]
+        return math.ceil(above / grain - 1e-9)
 
-    whole = sum(costs.of(fate.block, fate.block.units) for fate in fates)
-    room = math.floor((share * costs.total - (costs.total - whole)) / grain + 1e-9)
+    room = math.floor((share - closest(costs, fates)) * costs.total / grain + 1e-9)
+    if room < 0:
+        raise ValueError("expected a share that `check_budget` lets pass")
     best = np.zeros(room + 1)  # the least loss of the blocks so far, for every cost they may have
     taken = []
     for fate in fates:
@@ -117,11 +127,6 @@ def spend(
             now[price:][better], choice[price:][better] = reached[better], number
         best = now
         taken.append(choice)
-    if not np.isfinite(best[-1]):
-        raise UsageError(
-            f"a budget of {share:g} cannot be met: no widths that the rules allow come to it; ask "
-            f"for {math.ceil(closest(costs, fates) * 1000) / 1000:g} or more"
-        )
     kept = {}
     for fate, choice in zip(reversed(fates), reversed(taken), strict=True):
         kept[fate.block] = fate.choices()[choice[room]]

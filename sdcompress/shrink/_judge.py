@@ -44,22 +44,26 @@ class Judge:
         assert rule
         if load_criterion(rule.criterion).group:
             weight, hessian = self._consumer(block)
-            most = block.units - min(fate.choices())
+            least = min(fate.choices()) if fate.kept is None else fate.kept
             columns = [_columns(block, weight, [unit]) for unit in range(block.units)]
-            return _obs.order(weight, hessian, columns, most)
+            return _obs.order(weight, hessian, columns, block.units - least)
         names = [part.tensor for part in scored_parts(block)]
         weights = {name: self._read(block, name).float() for name in names}
         stats = {name: self._stats(block, name, rule.criterion) for name in names}
         scores = unit_scores(block, rule.criterion, weights, stats)
         return _comparable(rule.criterion, order_by_score(scores))
 
-    def refit(self, fate: Fate, units: Iterable[int]) -> Tensor | None:
-        """The weight behind a block whose other units have gone, made up for that as well as can
-        be; None where the rule leaves weights as they are.
+    def refits(self, fate: Fate) -> bool:
+        """Whether the weight behind a block is made to make up for what goes."""
+        return bool(fate.rule and (fate.rule.refit or load_criterion(fate.rule.criterion).group))
+
+    def refit(self, fate: Fate, units: Iterable[int]) -> Tensor:
+        """The weight behind a block whose other units have gone, made up for as well as can be.
+
+        Raises:
+            InputError: its number format cannot hold what that takes.
         """
         assert fate.rule
-        if not (fate.rule.refit or load_criterion(fate.rule.criterion).group):
-            return None
         weight, hessian = self._consumer(fate.block)
         refitted = _obs.refit(weight, hessian, _columns(fate.block, weight, units)).to("cpu")
         dtype = self._read(fate.block, fate.block.consumer).dtype

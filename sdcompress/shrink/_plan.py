@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from sdcompress.catalog import Catalog, read_config
-from sdcompress.criteria import load_criterion
+from sdcompress.criteria import GRADIENTS, load_criterion
 from sdcompress.errors import UsageError
-from sdcompress.recipe import ComponentRecipe, Recipe, Structure, StructureRule
+from sdcompress.patterns import parse_pattern
+from sdcompress.recipe import Recipe, Rule, Structure, StructureRule
 from sdcompress.shrink._importance import refuse
 from sdcompress.structure import KEY, Block, find_blocks
 
@@ -53,7 +55,7 @@ def fates(recipe: Recipe, catalog: Catalog) -> dict[str, tuple[Fate, ...]]:
     found = {}
     for component, section in structured(recipe).items():
         config = read_config(catalog.folder(component))
-        if KEY in config:
+        if config.get(KEY):
             raise UsageError(
                 f"{component}: expected a model whose blocks are whole, found {len(config[KEY])} "
                 "that were made narrower before; structure the model it was made from"
@@ -61,6 +63,7 @@ def fates(recipe: Recipe, catalog: Catalog) -> dict[str, tuple[Fate, ...]]:
         blocks = find_blocks(component, catalog.shapes(component), config)
         _check_rules(component, section, blocks)
         found[component] = tuple(_fate(component, section, block) for block in blocks)
+        _check_patterns(component, recipe.prune[component].rules, found[component])
     return found
 
 
@@ -99,13 +102,24 @@ def _matches(rule: StructureRule, block: Block) -> bool:
     return rule.kind in ("all", block.kind) and fnmatchcase(block.name, rule.blocks)
 
 
-def _check_rules(component: str, section: Structure, blocks: Iterable[Block]) -> None:
-    blocks = list(blocks)
+def _check_rules(component: str, section: Structure, blocks: Sequence[Block]) -> None:
+    judges = {
+        r.criterion: bool(load_criterion(r.criterion).needs & GRADIENTS)
+        for r in section.rules
+        if not r.keep
+    }
+    if section.budget and len(set(judges.values())) > 1:
+        raise UsageError(
+            f"{component}: a budget holds the blocks' losses against one another, which "
+            f"{' and '.join(sorted(judges))} count in different units; take one criterion, or "
+            "ratios"
+        )
     for i, rule in enumerate(section.rules, 1):
         where = f"{component}, structure rule {i}"
         if not rule.keep and (problem := refuse(rule.criterion)):
             raise UsageError(f"{where}: {problem}")
-        if not any(_matches(rule, block) for block in blocks):
+        matched = [block for block in blocks if _matches(rule, block)]
+        if not matched:
             kinds = sorted({block.kind for block in blocks})
             example = f"; one is called {blocks[0].name!r}" if blocks else ""
             raise UsageError(
@@ -113,12 +127,29 @@ def _check_rules(component: str, section: Structure, blocks: Iterable[Block]) ->
                 f"blocks ({', '.join(kinds) or 'there are no kinds'}{example}); `sdcompress plan` "
                 "lists them"
             )
+        if not rule.keep and all(len(block.choices(rule.multiple)) == 1 for block in matched):
+            raise UsageError(
+                f"{where}: none of the {len(matched)} blocks it matches has a narrower width that "
+                f"is a multiple of {rule.multiple} ({matched[0].name} has {matched[0].width} "
+                f"channels, {matched[0].unit} to a unit); lower 'multiple'"
+            )
 
 
-def statistics_needed(component: ComponentRecipe) -> bool:
-    """Whether the model has to be looked at while it paints."""
-    rules = component.structure.rules if component.structure else ()
-    return any(load_criterion(r.criterion).needs - {"seed"} for r in rules if not r.keep)
+def _check_patterns(component: str, rules: Sequence[Rule], fates: Sequence[Fate]) -> None:
+    """Raise UsageError where a budget could leave widths that an N:M pattern does not fit.
+
+    Ratios leave what can be planned for; there the plan says what is skipped.
+    """
+    for rule in rules:
+        group = parse_pattern(rule.pattern).m
+        for fate in fates:
+            if rule.keep or not group or fate.kept is not None or not fate.rule:
+                continue
+            if math.lcm(fate.block.unit, fate.rule.multiple) % group:
+                raise UsageError(
+                    f"{component}: {rule.pattern} needs widths that are multiples of {group}, "
+                    f"found 'multiple: {fate.rule.multiple}' in the structure; raise it"
+                )
 
 
 def narrowed(catalog: Catalog, fates: Mapping[str, Iterable[Fate]]) -> Catalog:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdcompress.bundle import to_json
+from sdcompress.bundle import TensorRecord, to_json
 from sdcompress.catalog import Catalog, read_config, weights_or_index
+from sdcompress.errors import SdcompressError
 from sdcompress.models.checkpoint import encode_header
 from sdcompress.safetensors_io import raw_bytes, read_tensor
 from sdcompress.structure import KEY, Block, Part, channels_of, cut
@@ -25,8 +27,8 @@ def write_narrow(
     refitted: Mapping[str, Tensor],
     work: Path,
     progress: Callable[[int], None],
-) -> None:
-    """Write the component's files and its config below `work`.
+) -> dict[str, TensorRecord]:
+    """Write the component's files and its config below `work`; gives a record of each tensor.
 
     `narrow` has its shapes after removal, `kept` the units that stay of each block that loses
     some, and `refitted` what is to be written for some tensors, narrow already. `progress` hears of
@@ -38,6 +40,7 @@ def write_narrow(
     }
     stays = {block: channels_of(block, units) for block, units in kept.items()}
     (work / component).mkdir(parents=True)
+    records: dict[str, TensorRecord] = {}
     total = 0
     for header in catalog.headers[component]:
         infos = header.tensors.values()
@@ -50,14 +53,38 @@ def write_narrow(
                 elif info.name in parts:
                     block, part = parts[info.name]
                     tensor = cut(tensor, part, stays[block], block.width)
+                if tuple(tensor.shape) != shapes.get(info.name, info.shape):
+                    raise SdcompressError(
+                        f"{component}/{info.name}: expected {shapes[info.name]}, made "
+                        f"{tuple(tensor.shape)}; please report this"
+                    )
                 data = raw_bytes(tensor)
-                total += data.nbytes
                 file.write(data)
+                total += data.nbytes
+                records[info.name] = _record(tensor, info.dtype)
                 progress(info.nbytes)
     widths = {block.name: len(stays[block]) for block in kept}
-    config = {**read_config(source), KEY: widths}
+    config = read_config(source) | ({KEY: widths} if widths else {})
     (work / component / "config.json").write_text(to_json(config), encoding="utf-8")
     if (index := weights_or_index(source)).suffix == ".json":
         content = json.loads(index.read_text(encoding="utf-8"))
         content["metadata"] = {**content.get("metadata", {}), "total_size": total}
         (work / component / index.name).write_text(to_json(content), encoding="utf-8")
+    return records
+
+
+def records_of(
+    catalog: Catalog, component: str, progress: Callable[[int], None]
+) -> dict[str, TensorRecord]:
+    """A record of each tensor of a component that stays as it is."""
+    records = {}
+    for header in catalog.headers[component]:
+        for info in header.tensors.values():
+            records[info.name] = _record(read_tensor(info), info.dtype)
+            progress(info.nbytes)
+    return records
+
+
+def _record(tensor: Tensor, dtype: str) -> TensorRecord:
+    digest = hashlib.sha256(raw_bytes(tensor)).hexdigest()
+    return TensorRecord(dtype=dtype, shape=tuple(tensor.shape), sha256=digest)

@@ -136,11 +136,19 @@ def point_digest(dense: Bundle, recipe: Recipe, settings: QualitySettings) -> st
     made_of = {
         "dense": dense.digest,
         "recipe": recipe.model_dump(mode="json", include=DECIDES),
+        "cost_of_blocks": _counted_for(recipe),
         "settings": settings.model_dump(mode="json"),
         "tools": tool_versions(),
         **_named_files(recipe, settings),
     }
     return hashlib.sha256(to_json(made_of).encode()).hexdigest()
+
+
+def _counted_for(recipe: Recipe) -> dict[str, Any]:
+    """The size of a picture, where blocks go by what they cost in one."""
+    if not any(section.structure for section in recipe.prune.values()):
+        return {}
+    return recipe.sampling.model_dump(include={"height", "width"})
 
 
 def _named_files(recipe: Recipe, settings: QualitySettings) -> dict[str, str]:
@@ -151,6 +159,8 @@ def _named_files(recipe: Recipe, settings: QualitySettings) -> dict[str, str]:
     if settings.clip == SHIPPED:
         del named["clip"]
     named["calibration_images"] = recipe.calibration.images
+    for component, section in recipe.prune.items():
+        named[f"{component}_table"] = section.structure and section.structure.table
     for use, tune in (("images", recipe.tune), ("schedule_images", recipe.schedule.tune)):
         named[use] = tune.images if tune else None
     places = {name: Path(place).expanduser() for name, place in named.items() if place}

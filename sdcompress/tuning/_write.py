@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +49,7 @@ def write_bundle(job: Job, out: Path, *, replace: bool, log: dict[str, Any]) -> 
     """
     parent = job.parent.manifest
     catalog = read_catalog(job.parent.path)
-    # What only lost blocks comes without records.
-    records = {
-        component: dict(parent.tensors.get(component) or _records(headers))
-        for component, headers in catalog.headers.items()
-    }
+    records = {c: dict(tensors) for c, tensors in parent.tensors.items()}
     underflow: dict[str, dict[str, int]] = defaultdict(dict)
     with staging(out, replace=replace) as work:
         for component in job.components:
@@ -124,14 +119,6 @@ def _write_file(
             writer.write(info, raw_bytes(value))
             records[info.name] = record_tensor(value, info.dtype, pruned=pruned)
     return underflow
-
-
-def _records(headers: Iterable[Header]) -> dict[str, TensorRecord]:
-    return {
-        info.name: record_tensor(read_tensor(info), info.dtype, pruned=False)
-        for header in headers
-        for info in header.tensors.values()
-    }
 
 
 def _cast(value: Tensor, like: Tensor, info: TensorInfo) -> Tensor:

@@ -40,7 +40,8 @@ def test_a_table_holds_every_block_at_all_its_widths(table: Path) -> None:
     ]
     assert list(found.blocks[MLP]) == [128, 112, 96, 80, 64, 48, 32, 1]
     assert list(found.blocks[ATTENTION]) == [32, 24, 16, 8]
-    assert (found.component, found.backend, found.rounds) == ("text_encoder", "onnxruntime", 2)
+    assert (found.component, found.backend) == ("text_encoder", "onnxruntime")
+    assert 2 <= found.rounds <= latency.MOST_ROUNDS
     assert found.shapes == {"input_ids": (2, 77)}
     assert found.options["provider"] == "auto"
     assert "cores" in found.machine
@@ -109,14 +110,11 @@ def test_what_is_timed_computes_what_the_block_does(
         several.append(next(k for k in found if k.block.kind == kind))
     details = {"options": {}, "providers": {exported: "CPUExecutionProvider"}}
     for kind in several:
-        widths = kind.widths[:: len(kind.widths) - 1]
-        parts = [kind.part(width, "fp32") for width in widths]
         inputs = kind.inputs("fp32")
-        with latency._onnxruntime(parts, inputs, details, exported) as runs:
+        with latency._onnxruntime(kind, "fp32", details, exported) as runs:
             outputs = [run() for run in runs]
         with torch.inference_mode():
-            expected = [part(*inputs).numpy() for part in parts]
-        assert len(outputs) == 2
+            expected = [part(*inputs).numpy() for part in kind.parts("fp32")]
         for ours, theirs in zip(outputs, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
-        assert not np.allclose(*expected, atol=1e-2)
+        assert not np.allclose(expected[0], expected[-1], atol=1e-2)

@@ -96,27 +96,56 @@ def clock(times: list[float], told: list[str], name: str) -> Callable[[], float]
     return run
 
 
-def test_widths_take_turns_and_the_fastest_counts() -> None:
+def test_a_fast_whole_runs_before_each_block_and_leaves_its_caches() -> None:
     told: list[str] = []
-    slow = clock([2.0, 5.0, 4.0, 6.0], told, "a")  # the first run only shows how long one takes
-    fast = clock([0.5, 1.0, 3.0, 2.0], told, "b")
-    assert latency._in_turn([slow, fast], rounds=3, budget=1.0) == [4.0, 1.0]
-    assert "".join(told) == "ab" + "ba" + "ab" + "ba"
+    whole = clock([0.01], told, "W")
+    narrow, wide = clock([0.001], told, "n"), clock([0.005, 0.004, 0.003, 0.002], told, "w")
+    of_whole, times = latency._in_turn(whole, [(narrow, wide)], rounds=1, budget=0.0)
+    assert "".join(told) == "WW" + "nnww" + "wWnw"  # how long each takes, then the one round
+    assert of_whole == [0.01]
+    assert times == [[0.002]]
 
 
-def test_fast_runs_are_many_and_the_first_do_not_count() -> None:
+def test_a_slow_whole_runs_once_a_round() -> None:
     told: list[str] = []
-    run = clock([1.0] * 10 + [0.001], told, "x")  # threads of others spin in the first ten
-    assert latency._turn(run, expected=0.001, budget=0.02) == 0.001
-    assert len(told) == 10 + 20
+    whole = clock([9.0, 8.0, 7.0], told, "W")
+    a, b = clock([1.0, 3.0, 2.0], told, "a"), clock([4.0, 5.0, 6.0], told, "b")
+    of_whole, times = latency._in_turn(whole, [(b, a), (b, b)], rounds=2, budget=0.0)
+    assert told[:5] == ["W", "b", "a", "b", "b"]
+    assert [sorted(told[i : i + 3]) for i in (5, 8)] == [["W", "a", "b"]] * 2
+    assert told[5] == told[8] == "W"
+    assert of_whole == [8.0, 7.0]
+    assert times == [[3.0, 2.0], [6.0, 6.0]]
 
 
-def test_what_runs_on_cuda_is_clocked_there() -> None:
-    run = [nn.Linear(4, 4), nn.Linear(4, 2)]
+def test_fast_components_get_more_rounds_but_not_without_end() -> None:
+    run = clock([0.001], [], "x")
+    of_whole, times = latency._in_turn(run, [(run, run)], rounds=2, budget=0.04)
+    assert len(of_whole) == len(times[0]) == 10  # of four milliseconds each
+    _, times = latency._in_turn(run, [(run, run)], rounds=2, budget=10.0)
+    assert len(times[0]) == latency.MOST_ROUNDS
+
+
+def test_kinds_are_held_as_memory_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [
+        latency._Kind(block("neurons", 64, 8), nn.Linear(100, 1, bias=False), (), {})
+        for _ in range(5)
+    ]
+    widths = [64, 56, 48, 40, 32, 24, 16, 8]
+    assert kinds[0].widths == widths
+    each = 4 * 100 * sum(widths) / 64  # bytes
+    monkeypatch.setattr(latency, "ROOM", 2.5 * each)
+    assert [len(group) for group in latency._groups(kinds, "fp32")] == [2, 2, 1]
+    assert [len(group) for group in latency._groups(kinds, "fp16")] == [5]
+    monkeypatch.setattr(latency, "ROOM", 0)
+    assert [len(group) for group in latency._groups(kinds, "fp32")] == [1] * 5
+
+
+def test_what_runs_on_cuda_is_clocked_there(tiny_sd: Path) -> None:
     details = {"options": {"cuda_graph": False}}
-    given = [torch.ones(3, 4)]
-    with latency._torch_cuda(run, given, details, "unet", device="cpu") as runs:
-        assert len(runs) == 2
+    kind = kinds_of(tiny_sd, "unet", "unet")[0]
+    with latency._torch_cuda(kind, "fp32", details, "unet", device="cpu") as runs:
+        assert len(runs) == len(kind.widths)
         assert all(0 < one() < 1 for one in runs)  # no events on a CPU, so by the host's clock
     assert latency._seconds(lambda: None, lambda: 250.0) == 0.25
 

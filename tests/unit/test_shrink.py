@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def test_a_budget_is_spent_where_it_costs_least() -> None:
         lost = sum(losses[f.block][f.block.units - found[f.block]] for f in fates)
         assert lost == pytest.approx(min(possible))
     assert closest(costs, fates) == pytest.approx((10 + 1 + 2.5 + 8) / total)
-    with pytest.raises(UsageError, match="cannot be met"):
-        spend(costs, 0.3, fates, losses)
+    assert spend(costs, closest(costs, fates), fates, losses) == {
+        f.block: min(f.choices()) for f in fates
+    }
 
 
 def test_widths_are_rounded_to_what_the_target_wants(tiny_source: Bundle) -> None:
@@ -123,6 +125,11 @@ def test_what_goes_is_what_has_the_least_magnitude(tiny_source: Bundle, tmp_path
     assert RESNET not in config[KEY]
     assert record.parameters == sum(t.numel() for t in narrow.values())
     assert bundle.manifest.parent == tiny_source.digest
+    assert bundle.manifest.plan
+    assert bundle.manifest.plan.removed == {"unet": record.parameters_dense - record.parameters}
+    shapes = {n: t.shape for n, t in bundle.manifest.tensors["unet"].items()}
+    assert shapes == {n: tuple(t.shape) for n, t in narrow.items()}
+    assert set(bundle.manifest.tensors) == {"text_encoder", "unet", "vae"}
     bundle.check_files()
 
 
@@ -195,6 +202,43 @@ def test_obs_makes_up_for_what_goes(tiny_source: Bundle, tmp_path: Path) -> None
     assert bundle.manifest.recipe["calibration"]["count"] == 2
 
 
+def test_obs_takes_as_much_as_a_ratio_asks(tiny_source: Bundle, tmp_path: Path) -> None:
+    calibration = {"prompts": ["a red cat"], "steps": 1}
+    structure = {"rules": [{"ratio": 0.9, "criterion": "obs", "kind": "neurons"}]}
+    bundle = shrink(tiny_source, asked(structure, calibration=calibration), tmp_path / "obs")
+    assert weights(bundle.path)[f"{FF}.net.2.weight"].shape == (32, 16)  # 12.8 in eights
+    assert read_record(bundle.manifest.details)["unet"].blocks[FF].kept == 16
+
+
+def test_the_closest_that_a_refusal_names_can_be_reached(
+    tiny_source: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="cannot be met") as refused:
+        shrink(tiny_source, asked({"budget": {"macs": 0.1}}), tmp_path / "no")
+    said = re.search(r"gone, ([\d.]+) of it is left", str(refused.value))
+    assert said
+    closest = asked({"budget": {"macs": float(said[1])}})
+    record = read_record(shrink(tiny_source, closest, tmp_path / "n").manifest.details)["unet"]
+    assert float(said[1]) - 0.001 < record.macs / record.macs_dense <= float(said[1])
+
+
+def test_a_table_of_another_model_is_refused(tiny_source: Bundle, tmp_path: Path) -> None:
+    recipe = asked({"budget": {"latency": 0.9}})
+    blocks = [f.block for f in check(recipe, read_catalog(tiny_source.path))["unet"]]
+    wider = {b.name: {b.unit: 0.0, 10 * b.width: 1.0} for b in blocks}
+    table = LatencyTable(
+        component="unet", machine="one", backend="onnxruntime", options={}, shapes={}, rounds=1,
+        total=20.0, blocks=wider,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="measure one of this model"):
+        shrink(tiny_source, recipe, tmp_path / "narrow", tables={"unet": table})
+
+
+def test_pruned_weights_are_not_forgotten(pruned: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'structure' and 'rules' into one recipe"):
+        shrink(pruned, ratio(0.5), tmp_path / "narrow")
+
+
 def test_shards_stay_shards(tiny_sd: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -235,6 +279,9 @@ def refusals() -> list[Any]:
         ),
         pytest.param({"budget": {"macs": 0.2}}, r"macs 0.2 cannot be met: .* is left; ask",
                      id="a budget beyond reach"),
+        pytest.param({"budget": {"macs": 0.7}, "rules": [{**neurons, "criterion": "taylor"},
+                      {"kind": "channels"}]}, "magnitude and taylor count in different units",
+                     id="units"),
         pytest.param({"rules": [{"ratio": 0.5, "criterion": "sparsegpt"}]}, "gives no score",
                      id="no score"),
         pytest.param({"rules": [{"ratio": 0.5, "blocks": "nothing.*"}]}, "matches none of the",
