@@ -359,7 +359,7 @@ def test_tables_of_others_and_backends_that_cannot_be_timed(tiny_sd: Path, tmp_p
     blocks = {f"x.{name}": times for name, times in make_table(tiny_sd).blocks.items()}
     table.write_text(make_table(tiny_sd, blocks=blocks).model_dump_json())
     asked = ["prune", tiny_sd, "--recipe", file, "--budget", "latency=0.7", "-o", out]
-    with pytest.raises(UsageError, match="no such block; measure a table of this model"):
+    with pytest.raises(UsageError, match="no such block; measure one of this model"):
         run(*asked, "--table", table)
     table.write_text(make_table(tiny_sd).model_dump_json())
     with pytest.raises(UsageError, match="cannot be met"):
