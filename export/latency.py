@@ -40,12 +40,14 @@ from sdcompress.bundle import Bundle
 from sdcompress.catalog import read_catalog, read_config
 from sdcompress.errors import UsageError
 from sdcompress.latency import LatencyTable
+from sdcompress.measure import percentile
 from sdcompress.models.modules import narrow
 from sdcompress.structure import Block, find_blocks
 
 SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)  # of the full width, which is measured as well
 MULTIPLE = 8  # of the widths measured, but for the narrowest there is
 MOST_ROUNDS = 50
+LOW = 25  # the percentile of a figure's rounds that counts: what else a machine does only adds
 # Threads of a session that has run spin for 50 ms, and would take the cores from the next.
 QUIET = {"session.force_spinning_stop": "1"}
 ROOM = 2 << 30  # bytes of weights that are held at a time, beside those of the whole
@@ -108,32 +110,35 @@ def measure_latency(
     feeds = make_inputs(component_spec(exported, config), config, dtype, **free)
     kinds = _kinds(exported, config, blocks, free)
     shares = {b.name: dict.fromkeys((b.unit, b.width), 0.0) for b in blocks}  # if never run
-    done, wholes, fewest = 0, list[float](), list[int]()
+    done, wholes = 0, list[float]()
     progress("measuring blocks", done, len(kinds))
     with _whole(source, exported, dtype, backend, options or {}, sizes) as (runner, details):
         whole = partial(_seconds, partial(runner.infer, feeds), lambda: runner.gpu_milliseconds)
+        of_one = _expected(whole)
         for group in _groups(kinds, dtype):
             with ExitStack() as stack:
-                runs: list[tuple[Run, Run]] = []
+                runs = []
                 for kind in group:
-                    own = stack.enter_context(_READY[backend](kind, dtype, details, exported))
-                    runs += [(own[-1], run) for run in own]
+                    runs.append(
+                        stack.enter_context(_READY[backend](kind, dtype, details, exported))
+                    )
                     progress("measuring blocks", done := done + 1, len(kinds))
-                of_whole, times = _in_turn(whole, runs, rounds, budget)
-            wholes.append(min(of_whole))  # what else the machine does only ever adds
-            fewest.append(len(times[0]))
-            least = (min(one) / wholes[-1] for one in times)
+                turns = iter(_in_turn(whole, of_one, runs, rounds, budget))
             for kind in group:
-                of_widths = {width: next(least) for width in kind.widths}
+                of_widths = {}
+                for width, turn in zip(kind.widths, turns, strict=False):
+                    of_whole, own = (percentile(one, LOW) for one in zip(*turn, strict=True))
+                    of_widths[width] = own / of_whole
+                    wholes.append(of_whole)
                 shares |= dict.fromkeys(kind.names, of_widths)
-    total, here = min(wholes), environment()
+    total, here = percentile(wholes, 50), environment()
     return LatencyTable(
         component=component,
         machine=f"{here.accelerator or here.processor}, {here.cores} cores",
         backend=backend,
         options=details["options"],
         shapes={name: array.shape for name, array in feeds.items()},
-        rounds=min(fewest),
+        rounds=len(turn),
         total=total,
         blocks={
             name: {width: share * total for width, share in widths.items()}
@@ -361,33 +366,35 @@ def _seconds(
 
 
 def _in_turn(
-    whole: Run, runs: Sequence[tuple[Run, Run]], rounds: int, budget: float
-) -> tuple[list[float], list[list[float]]]:
-    """The seconds of the whole, and in every round those of each, the second of two.
+    whole: Run, of_one: float, kinds: Sequence[Sequence[Run]], rounds: int, budget: float
+) -> list[list[tuple[float, float]]]:
+    """Of each run of these kinds, one kind after the other, and in every round: the seconds that
+    the whole took before it, of which one run takes about `of_one`, and its own.
 
     Caches hold what they hold within the component, where a block has just been given its inputs,
-    and used its weights a whole run ago: it runs once before the whole, and its narrowest width,
-    the first of the two, once behind it. A whole that is slow hardly lives on caches and runs once
-    a round.
+    and used its weights a whole run ago: it runs once before the whole, and the last of its kind,
+    the narrowest, once behind it. A whole that is slow hardly lives on caches, and runs in the
+    first and in the last round.
     """
-    expected = _expected(whole)
-    each = [_expected(first) + 2 * _expected(run) for first, run in runs]
-    fast = expected < SLOW
-    a_round = sum(each) + expected * (len(runs) if fast else 1)
-    order, shuffle = list(range(len(runs))), random.Random(0).shuffle
-    of_whole, times = list[float](), [list[float]() for _ in runs]
-    for _ in range(max(rounds, min(MOST_ROUNDS, int(budget / a_round)))):
+    runs = [(run, kind[-1]) for kind in kinds for run in kind]
+    fast, order, shuffle = of_one < SLOW, list(range(len(runs))), random.Random(0).shuffle
+    each = {run: _expected(run) for run, _ in runs}
+    if fast:
+        a_round = sum(of_one + 2 * each[run] + each[last] for run, last in runs)
+        rounds = max(rounds, min(MOST_ROUNDS, int(budget / a_round)))
+    turns: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for number in range(rounds):
         shuffle(order)
-        if not fast:
-            of_whole.append(whole())
+        if not fast and number in (0, rounds - 1):
+            of_whole = whole()
         for i in order:
-            first, run = runs[i]
+            run, last = runs[i]
             if fast:
                 run()
-                of_whole.append(whole())
-                first()
-            times[i].append(run())
-    return of_whole, times
+                of_whole = whole()
+                last()
+            turns[i].append((of_whole, run()))
+    return turns
 
 
 def _expected(run: Run) -> float:

@@ -7,8 +7,7 @@ is a model of the same parts under the same names, with smaller tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace as replace_in
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 from sdcompress.bundle import (
     Bundle,
     Manifest,
-    TensorRecord,
     link_files,
     refuse_existing,
     seal,
@@ -27,24 +25,11 @@ from sdcompress.calibrate import Calibrator, Statistics, Wanted, complete, on_ma
 from sdcompress.calibrate import check as check_calibration
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.errors import UsageError
-from sdcompress.latency import LatencyTable, read_table
-from sdcompress.macs import Sizes
-from sdcompress.plan import SparsityPlan, make_plan
 from sdcompress.recipe import Recipe
-from sdcompress.shrink._budget import (
-    Costs,
-    check_budget,
-    closest,
-    latency_of,
-    macs_of,
-    params_of,
-    spend,
-)
-from sdcompress.shrink._importance import Removal, wanted
-from sdcompress.shrink._judge import Judge
+from sdcompress.shrink._budget import Tables, check_budget, closest, costs_of
+from sdcompress.shrink._importance import wanted
+from sdcompress.shrink._narrowing import Narrowing, Progress
 from sdcompress.shrink._plan import Fate, fates, narrowed, structured
-from sdcompress.shrink._write import records_of, write_narrow
-from sdcompress.structure import RECORD, Block, BlockRecord, ComponentStructure, to_ranges
 
 __all__ = [
     "Fate",
@@ -57,10 +42,6 @@ __all__ = [
     "refuse_pruned",
     "shrink",
 ]
-
-Tables = Mapping[str, LatencyTable]  # by component
-Left = dict[Block, tuple[int, ...]]  # the units that stay, of blocks that lose some
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -102,25 +83,6 @@ def check(
     return planned
 
 
-def costs_of(
-    component: str, what: str, recipe: Recipe, catalog: Catalog, tables: Tables | None = None
-) -> Costs | None:
-    """What counts as a component's macs, params or latency; None for a latency without a table."""
-    if what == "params":
-        return params_of(component, catalog)
-    if what == "macs":
-        model = catalog.folder(component).parent
-        sizes = Sizes.of_model(model, recipe.sampling.height, recipe.sampling.width)
-        return macs_of(component, catalog, sizes)
-    table = _table(component, recipe, tables)
-    return latency_of(component, table) if table else None
-
-
-def _table(component: str, recipe: Recipe, tables: Tables | None) -> LatencyTable | None:
-    file = structured(recipe)[component].table
-    return read_table(Path(file)) if file else (tables or {}).get(component)
-
-
 def shrink(
     source: Bundle,
     recipe: Recipe,
@@ -159,14 +121,10 @@ def shrink(
         del calibrator  # a model less in memory
 
     def write() -> None:
-        judge = Judge(catalog, recipe.seed, statistics)
-        removals = _judge_all(judge, planned, progress)
-        settled = {c: _settle(c, recipe, catalog, tables, removals, f) for c, f in planned.items()}
+        narrowing = Narrowing(recipe, catalog, tables or {}, statistics, progress)
+        settled = narrowing.settle(planned)
         with staging(out, replace=replace) as work:
-            plan, tensors, structures = _write(
-                work, recipe, catalog, tables, judge, removals, settled, progress
-            )
-            told = {c: structure.model_dump(mode="json") for c, structure in structures.items()}
+            made = narrowing.write(work, settled)
             linked = link_files(source, work)
             manifest = Manifest(
                 stage="pruned",
@@ -174,9 +132,9 @@ def shrink(
                 source=source.manifest.source,
                 recipe=recipe.model_dump(mode="json", include=_decides(bool(needed))),
                 tools=tool_versions(),
-                plan=plan,
-                tensors=tensors,
-                details={RECORD: told},
+                plan=made.plan,
+                tensors=made.tensors,
+                details=made.details,
             )
             seal(work, manifest, linked=linked)
 
@@ -213,113 +171,3 @@ def _wanted(planned: Mapping[str, Sequence[Fate]]) -> Wanted:
         for criterion in (fate.rule.criterion, *(["obs"] if fate.rule.refit else []))
     ]
     return wanted(judged)
-
-
-def _judge_all(
-    judge: Judge, planned: Mapping[str, Sequence[Fate]], progress: Progress
-) -> dict[Block, Removal]:
-    open_to = [f for several in planned.values() for f in several if not f.skipped_because]
-    removals = {}
-    for number, fate in enumerate(open_to, 1):
-        removals[fate.block] = judge.order(fate)
-        progress("judging blocks", number, len(open_to))
-    return removals
-
-
-def _settle(
-    component: str,
-    recipe: Recipe,
-    catalog: Catalog,
-    tables: Tables | None,
-    removals: Mapping[Block, Removal],
-    planned: Sequence[Fate],
-) -> tuple[Fate, ...]:
-    """The same fates, those that a budget decides on decided."""
-    if not (budget := structured(recipe)[component].budget):
-        return tuple(planned)
-    costs = costs_of(component, budget.what, recipe, catalog, tables)
-    assert costs
-    losses = {block: removal.losses for block, removal in removals.items()}
-    kept = spend(costs, budget.share, [f for f in planned if f.kept is None], losses)
-    return tuple(replace_in(f, kept=kept.get(f.block, f.kept)) for f in planned)
-
-
-def _write(
-    work: Path,
-    recipe: Recipe,
-    catalog: Catalog,
-    tables: Tables | None,
-    judge: Judge,
-    removals: Mapping[Block, Removal],
-    settled: Mapping[str, Sequence[Fate]],
-    progress: Progress,
-) -> tuple[SparsityPlan, dict[str, dict[str, TensorRecord]], dict[str, ComponentStructure]]:
-    """Write what changes; gives a plan and a record of every tensor, and what became of blocks."""
-    narrow = narrowed(catalog, settled)
-    total = sum(i.nbytes for hs in catalog.headers.values() for h in hs for i in h.tensors.values())
-    done, tensors, structures = 0, {}, {}
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("cutting", done, total)
-
-    for component in catalog.components:
-        if not (several := settled.get(component)):
-            tensors[component] = records_of(catalog, component, count)
-            continue
-        losing = [f for f in several if f.kept is not None and f.kept < f.block.units]
-        left = {f.block: removals[f.block].kept(f.kept or 0, f.block.units) for f in losing}
-        refitted = {
-            f.block.consumer: judge.refit(f, left[f.block]) for f in losing if judge.refits(f)
-        }
-        tensors[component] = write_narrow(catalog, component, narrow, left, refitted, work, count)
-        structures[component] = _record(
-            component, recipe, catalog, narrow, tables, judge, several, left
-        )
-    # Single weights are another step's business.
-    sections = {c: recipe.prune[c].model_copy(update={"rules": ()}) for c in settled}
-    plan = make_plan(recipe.model_copy(update={"prune": sections}), narrow)
-    removed = {c: catalog.parameters[c] - narrow.parameters[c] for c in settled}
-    return plan.model_copy(update={"removed": removed}), tensors, structures
-
-
-def _record(
-    component: str,
-    recipe: Recipe,
-    catalog: Catalog,
-    narrow: Catalog,
-    tables: Tables | None,
-    judge: Judge,
-    several: Sequence[Fate],
-    left: Left,
-) -> ComponentStructure:
-    section = structured(recipe)[component]
-    macs = costs_of(component, "macs", recipe, catalog)
-    assert macs
-    units = {block: len(kept) for block, kept in left.items()}
-    table = _table(component, recipe, tables)
-    blocks = {}
-    for fate in several:
-        block, rule = fate.block, fate.rule
-        kept = left.get(block, tuple(range(block.units)))
-        blocks[block.name] = BlockRecord(
-            kind=block.kind,
-            unit=block.unit,
-            width=block.width,
-            kept=len(kept) * block.unit,
-            asked=rule.ratio if rule else None,
-            criterion=rule.criterion if rule and not rule.keep else None,
-            refit=block in left and judge.refits(fate),
-            removed=to_ranges(sorted(set(range(block.units)) - set(kept))),
-        )
-    return ComponentStructure(
-        budget={section.budget.what: section.budget.share} if section.budget else None,
-        parameters_dense=catalog.parameters[component],
-        parameters=narrow.parameters[component],
-        macs_dense=round(macs.total),
-        macs=round(macs.total * macs.left(units)),
-        latency=latency_of(component, table).left(units) if table else None,
-        latency_table=table.sha256 if table else None,
-        blocks=blocks,
-    )

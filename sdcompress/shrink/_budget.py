@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from sdcompress.catalog import Catalog, read_config
 from sdcompress.errors import UsageError
-from sdcompress.latency import LatencyTable
+from sdcompress.latency import LatencyTable, read_table
 from sdcompress.macs import Sizes, block_macs, component_macs
-from sdcompress.recipe import Budget
-from sdcompress.shrink._plan import Fate
+from sdcompress.recipe import Budget, Recipe
+from sdcompress.shrink._plan import Fate, structured
 from sdcompress.structure import Block
 
+Tables = Mapping[str, LatencyTable]  # by component
 _STEPS = 1 << 15  # in which costs are counted
 
 
@@ -30,6 +32,25 @@ class Costs:
         """What the component costs then, as a share of dense; blocks not named stay whole."""
         saved = sum(self.of(b, b.units) - self.of(b, units) for b, units in kept.items())
         return (self.total - saved) / self.total
+
+
+def costs_of(
+    component: str, what: str, recipe: Recipe, catalog: Catalog, tables: Tables | None = None
+) -> Costs | None:
+    """What counts as a component's macs, params or latency; None for a latency without a table."""
+    if what == "params":
+        return params_of(component, catalog)
+    if what == "macs":
+        model = catalog.folder(component).parent
+        sizes = Sizes.of_model(model, recipe.sampling.height, recipe.sampling.width)
+        return macs_of(component, catalog, sizes)
+    table = table_of(component, recipe, tables)
+    return latency_of(component, table) if table else None
+
+
+def table_of(component: str, recipe: Recipe, tables: Tables | None) -> LatencyTable | None:
+    file = structured(recipe)[component].table
+    return read_table(Path(file)) if file else (tables or {}).get(component)
 
 
 def macs_of(component: str, catalog: Catalog, sizes: Sizes) -> Costs:

@@ -18,9 +18,9 @@ from sdcompress.commands import cli
 from sdcompress.latency import read_table
 from sdcompress.models import modules
 from sdcompress.structure import find_blocks, read_record
+from tests.narrowed import blocks_of
 
 TEXT = {"batch": 2, "height": 8, "width": 8, "tokens": 77}
-MLP, ATTENTION = "text_model.encoder.layers.0.mlp", "text_model.encoder.layers.1.self_attn"
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +33,21 @@ def table(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_table_holds_every_block_at_all_its_widths(table: Path) -> None:
-    found = read_table(table)
-    assert list(found.blocks) == [
-        f"text_model.encoder.layers.{i}.{part}" for i in (0, 1) for part in ("mlp", "self_attn")
+def test_a_table_holds_every_block_at_all_its_widths(table: Path, tiny_sd: Path) -> None:
+    found, blocks = read_table(table), blocks_of(tiny_sd)["text_encoder"]
+    assert list(found.blocks) == [block.name for block in blocks]
+    widths = {"neurons": [128, 112, 96, 80, 64, 48, 32, 1], "heads": [32, 24, 16, 8]}
+    assert [list(found.blocks[block.name]) for block in blocks] == [
+        widths[block.kind] for block in blocks
     ]
-    assert list(found.blocks[MLP]) == [128, 112, 96, 80, 64, 48, 32, 1]
-    assert list(found.blocks[ATTENTION]) == [32, 24, 16, 8]
     assert (found.component, found.backend) == ("text_encoder", "onnxruntime")
     assert 2 <= found.rounds <= latency.MOST_ROUNDS
     assert found.shapes == {"input_ids": (2, 77)}
     assert found.options["provider"] == "auto"
     assert "cores" in found.machine
     assert all(0 < t < 1 for times in found.blocks.values() for t in times.values())
-    assert found.seconds(MLP, 1) < found.seconds(MLP, 128) < found.total
+    mlp = next(block.name for block in blocks if block.kind == "neurons")
+    assert found.seconds(mlp, 1) < found.seconds(mlp, 128) < found.total
 
 
 def test_a_budget_of_latency_is_met_by_the_table(

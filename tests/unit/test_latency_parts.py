@@ -100,30 +100,33 @@ def test_a_fast_whole_runs_before_each_block_and_leaves_its_caches() -> None:
     told: list[str] = []
     whole = clock([0.01], told, "W")
     narrow, wide = clock([0.001], told, "n"), clock([0.005, 0.004, 0.003, 0.002], told, "w")
-    of_whole, times = latency._in_turn(whole, [(narrow, wide)], rounds=1, budget=0.0)
-    assert "".join(told) == "WW" + "nnww" + "wWnw"  # how long each takes, then the one round
-    assert of_whole == [0.01]
-    assert times == [[0.002]]
+    turns = latency._in_turn(whole, 0.01, [[wide, narrow]], rounds=1, budget=0.0)
+    assert "".join(told[:4]) == "wwnn"  # how long each takes
+    assert "".join(told[4:]) in ("wWnw" + "nWnn", "nWnn" + "wWnw")
+    assert turns == [[(0.01, 0.002)], [(0.01, 0.001)]]
 
 
-def test_a_slow_whole_runs_once_a_round() -> None:
+def test_a_slow_whole_runs_in_the_first_and_the_last_round() -> None:
     told: list[str] = []
-    whole = clock([9.0, 8.0, 7.0], told, "W")
-    a, b = clock([1.0, 3.0, 2.0], told, "a"), clock([4.0, 5.0, 6.0], told, "b")
-    of_whole, times = latency._in_turn(whole, [(b, a), (b, b)], rounds=2, budget=0.0)
-    assert told[:5] == ["W", "b", "a", "b", "b"]
-    assert [sorted(told[i : i + 3]) for i in (5, 8)] == [["W", "a", "b"]] * 2
-    assert told[5] == told[8] == "W"
-    assert of_whole == [8.0, 7.0]
-    assert times == [[3.0, 2.0], [6.0, 6.0]]
+    whole = clock([9.0, 8.0], told, "W")
+    a, b = clock([1.0, 3.0, 2.0, 4.0], told, "a"), clock([4.0, 5.0], told, "b")
+    turns = latency._in_turn(whole, 9.0, [[a], [b]], rounds=3, budget=1000.0)
+    assert told[:2] == ["a", "b"]
+    rounds = ["".join(told[2:5]), "".join(told[5:7]), "".join(told[7:])]
+    assert [sorted(one) for one in rounds] == [["W", "a", "b"], ["a", "b"], ["W", "a", "b"]]
+    assert rounds[0][0] == rounds[2][0] == "W"
+    assert turns == [
+        [(9.0, 3.0), (9.0, 2.0), (8.0, 4.0)],
+        [(9.0, 5.0), (9.0, 5.0), (8.0, 5.0)],
+    ]
 
 
 def test_fast_components_get_more_rounds_but_not_without_end() -> None:
     run = clock([0.001], [], "x")
-    of_whole, times = latency._in_turn(run, [(run, run)], rounds=2, budget=0.04)
-    assert len(of_whole) == len(times[0]) == 10  # of four milliseconds each
-    _, times = latency._in_turn(run, [(run, run)], rounds=2, budget=10.0)
-    assert len(times[0]) == latency.MOST_ROUNDS
+    (turns,) = latency._in_turn(run, 0.001, [[run]], rounds=2, budget=0.041)
+    assert len(turns) == 10  # of four milliseconds each
+    (turns,) = latency._in_turn(run, 0.001, [[run]], rounds=2, budget=10.0)
+    assert len(turns) == latency.MOST_ROUNDS
 
 
 def test_kinds_are_held_as_memory_has_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdcompress import shrink as shrinking
 from sdcompress.bundle import Bundle
 from sdcompress.catalog import read_catalog
 from sdcompress.errors import InputError, UsageError
 from sdcompress.latency import LatencyTable
 from sdcompress.macs import Sizes, component_macs
 from sdcompress.recipe import Recipe, StructureRule
-from sdcompress.shrink import check, narrowed, needs_tables, shrink
+from sdcompress.shrink import _narrowing, check, narrowed, needs_tables, shrink
 from sdcompress.shrink._budget import Costs, closest, spend
 from sdcompress.shrink._plan import Fate
 from sdcompress.structure import KEY, Block, Part, from_ranges, read_record
@@ -312,7 +311,7 @@ def test_nothing_is_left_of_a_call_that_fails(
     def broken(*args: Any) -> None:
         raise InputError("the disk is on fire")
 
-    monkeypatch.setattr(shrinking, "write_narrow", broken)
+    monkeypatch.setattr(_narrowing, "write_narrow", broken)
     with pytest.raises(InputError, match="on fire"):
         shrink(tiny_source, ratio(0.5), tmp_path / "narrow")
     assert not list(tmp_path.iterdir())
