@@ -76,7 +76,7 @@ class Output(BaseModel):
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="How often each width has its turn; the fastest counts.",
+    help="How often at least each width has its turn.",
 )
 @model_options
 @json_option
