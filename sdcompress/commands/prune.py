@@ -68,8 +68,8 @@ class Output(BaseModel):
 @click.option(
     "--max-hessian",
     type=click.IntRange(min=1),
-    help="Columns that a Conv's Hessian may have (sparsegpt, obs_diff, obs_refit); above, each "
-    "kernel position has one of its own.  [default: the recipe's, else 8192]",
+    help="Columns that a Conv's Hessian may have (sparsegpt, obs, obs_diff, obs_refit); above, "
+    "each kernel position has one of its own.  [default: the recipe's, else 8192]",
 )
 @click.option(
     "--rounds",
