@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
 }
 # Without a target, calibration, tuning and a measured quality.
 WHEN_ASKED = ("device", "tuned", "quality")
-USUAL = [s for s in STAGES if s not in WHEN_ASKED and not s.startswith("ranges/")]
+USUAL = [s for s in STAGES if s not in WHEN_ASKED and not s.startswith(("ranges/", "latency/"))]
 BUNDLES = ("pruned", "onnx/dense", "onnx/sparse", "engine/dense", "engine/sparse")
 
 

@@ -97,10 +97,10 @@ def test_scale_and_shift_of_the_time_are_two_copies() -> None:
     assert [part.copies for part in block.parts] == [1, 2, 1, 1]
 
 
-@pytest.mark.parametrize("heads", [{"num_attention_heads": 4}, {"attention_head_dim": 4}])
-def test_the_number_of_heads_has_two_names(heads: dict[str, Any]) -> None:
+@pytest.mark.parametrize("heads", [4, [2, 4]])
+def test_the_number_of_heads_goes_by_a_name_of_old(heads: Any) -> None:
     shapes = {f"mid_block.attn1.to_{x}.weight": (64, 64) for x in ("q", "k", "v", "out.0")}
-    config = {"block_out_channels": [32, 64], "attention_head_dim": 8, **heads}
+    config = {"block_out_channels": [32, 64], "attention_head_dim": heads}
     (block,) = find_blocks("unet", shapes, config)
     assert (block.unit, block.units) == (16, 4)
 
