@@ -65,7 +65,7 @@ def cli(debug: bool) -> None:
 
     \b
     Everything in one go, on the small model that comes with the package:
-      sdcompress run demo -o out
+      sdcompress run edge -o out
     """
 
 

@@ -59,7 +59,7 @@ def command(
 
     \b
     Example:
-      sdcompress run demo -o out
+      sdcompress run edge -o out
     """
     from export.run import DEVICE, RESULTS, command_line, run
     from sdcompress.recipe import load_recipe, model_of
