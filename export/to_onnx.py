@@ -60,8 +60,8 @@ from sdcompress.bundle import (
 from sdcompress.catalog import read_catalog, read_config
 from sdcompress.errors import InputError, UsageError
 from sdcompress.models.modules import build
-from sdcompress.prune import read_finite, record_tensor
-from sdcompress.safetensors_io import TensorInfo, raw_bytes
+from sdcompress.prune import record_tensor
+from sdcompress.safetensors_io import TensorInfo, raw_bytes, read_finite
 from sdcompress.structure import RECORD
 
 if TYPE_CHECKING:

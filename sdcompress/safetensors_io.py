@@ -141,6 +141,21 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
 
 
+def read_finite(info: TensorInfo) -> Tensor:
+    """Read a tensor.
+
+    Raises:
+        InputError: it holds NaN or infinity.
+    """
+    weight = read_tensor(info)
+    if not bool(weight.isfinite().all()):
+        raise InputError(
+            f"{info.file}: {info.name} holds NaN or infinite weights; "
+            "use a checkpoint that makes pictures (fp16 conversions of fp32 can overflow)"
+        )
+    return weight
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The little-endian bytes of a contiguous CPU tensor, without a copy."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -109,6 +110,12 @@ class Criterion:
 def for_weights() -> list[str]:
     """The criteria that judge single weights: all but those that judge groups alone."""
     return [name for name in registry.names("criteria") if not load_criterion(name).group]
+
+
+def layer_seed(seed: int, component: str, layer: str) -> int:
+    """`LayerStats.seed` of a layer, from the recipe's seed."""
+    name = f"{seed}/{component}/{layer}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
 def load_criterion(name: str) -> Criterion:

@@ -40,7 +40,7 @@ from sdcompress.errors import SdcompressError, UsageError
 from sdcompress.patterns import UNSTRUCTURED, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
 from sdcompress.prune._decisions import Decisions, Progress
-from sdcompress.prune._write import read_finite, record_tensor, write_pruned
+from sdcompress.prune._write import record_tensor, write_pruned
 from sdcompress.recipe import Recipe
 from sdcompress.structure import RECORD, read_record
 
@@ -53,7 +53,6 @@ __all__ = [
     "needed",
     "notes",
     "prune",
-    "read_finite",
     "record",
     "record_tensor",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from sdcompress.allocation import Group, allocate
 from sdcompress.bundle import Bundle
 from sdcompress.calibrate import exact_device
 from sdcompress.catalog import Catalog
-from sdcompress.criteria import Criterion, LayerStats, load_criterion
+from sdcompress.criteria import Criterion, LayerStats, layer_seed, load_criterion
 from sdcompress.errors import InputError
 from sdcompress.patterns import UNSTRUCTURED, Select, Threshold, keep_mask, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan
-from sdcompress.prune._write import read_finite
 from sdcompress.recipe import Recipe
+from sdcompress.safetensors_io import read_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,8 +133,7 @@ class Decisions:
         return self._loss(layer.component, layer.name, weight)
 
     def _stats(self, layer: LayerPlan, place: Any) -> LayerStats:
-        name = f"{self._recipe.seed}/{layer.component}/{layer.name}"
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        seed = layer_seed(self._recipe.seed, layer.component, layer.name)
         recorded = self.statistics.get(layer.component, {}).get(layer.name, {})
         needs = _criterion(layer).needs
         return LayerStats(seed, {k: v.to(place) for k, v in recorded.items() if k in needs})

@@ -13,9 +13,8 @@ import numpy as np
 
 from sdcompress.bundle import TensorRecord
 from sdcompress.catalog import Catalog
-from sdcompress.errors import InputError
 from sdcompress.plan import LayerPlan, SparsityPlan
-from sdcompress.safetensors_io import StreamWriter, TensorInfo, raw_bytes, read_tensor
+from sdcompress.safetensors_io import StreamWriter, raw_bytes, read_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,21 +66,6 @@ def write_pruned(
 
 def _is_pruned(layer: LayerPlan | None) -> bool:
     return layer is not None and layer.pruned
-
-
-def read_finite(info: TensorInfo) -> Tensor:
-    """Read a tensor.
-
-    Raises:
-        InputError: it holds NaN or infinity.
-    """
-    weight = read_tensor(info)
-    if not bool(weight.isfinite().all()):
-        raise InputError(
-            f"{info.file}: {info.name} holds NaN or infinite weights; "
-            "use a checkpoint that makes pictures (fp16 conversions of fp32 can overflow)"
-        )
-    return weight
 
 
 def record_tensor(weight: Tensor, dtype: str, *, pruned: bool) -> TensorRecord:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sdcompress.calibrate import Statistics, exact_device
 from sdcompress.catalog import Catalog
-from sdcompress.criteria import GRADIENTS, LayerStats, load_criterion
+from sdcompress.criteria import GRADIENTS, LayerStats, layer_seed, load_criterion
 from sdcompress.errors import InputError
-from sdcompress.safetensors_io import TensorInfo, read_tensor
+from sdcompress.safetensors_io import TensorInfo, read_finite
 from sdcompress.shrink import _obs
 from sdcompress.shrink._importance import Removal, order_by_score, scored_parts, unit_scores
 from sdcompress.shrink._plan import Fate
@@ -80,18 +79,10 @@ class Judge:
         return self._read(block, block.consumer).float().to(place), hessian.to(place)
 
     def _read(self, block: Block, tensor: str) -> Tensor:
-        info = self._infos[block.component, tensor]
-        weight = read_tensor(info)
-        if not bool(weight.isfinite().all()):
-            raise InputError(
-                f"{info.file}: {info.name} holds NaN or infinite weights; use a checkpoint that "
-                "makes pictures (fp16 conversions of fp32 can overflow)"
-            )
-        return weight
+        return read_finite(self._infos[block.component, tensor])
 
     def _stats(self, block: Block, tensor: str, criterion: str) -> LayerStats:
-        name = f"{self._seed}/{block.component}/{tensor}"
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        seed = layer_seed(self._seed, block.component, tensor)
         recorded = self._statistics.get(block.component, {}).get(tensor, {})
         needs = load_criterion(criterion).needs
         return LayerStats(seed, {k: v for k, v in recorded.items() if k in needs})
