@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "load"]
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 
 def load(model: str | PathLike[str], dtype: str = "fp32", device: Any = "cpu") -> Any:

@@ -24,7 +24,8 @@ from sdcompress.packing.index import (
     damaged,
     read_index,
 )
-from sdcompress.packing.writer import Progress, in_order
+from sdcompress.packing.writer import Progress
+from sdcompress.parallel import in_order
 from sdcompress.safetensors_io import DTYPES
 
 if TYPE_CHECKING:

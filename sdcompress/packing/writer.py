@@ -7,13 +7,11 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TypeVar
+from typing import IO
 
 from pydantic import BaseModel
 
@@ -33,13 +31,13 @@ from sdcompress.packing.index import (
     check_names,
     write_index,
 )
+from sdcompress.parallel import in_order
 from sdcompress.safetensors_io import DTYPES, read_header
 
 CHUNK = 1 << 20
 SMALL = 4 << 20  # bytes up to which text and headers are worth the slowest level of zstd
 _SLOWEST = 19
 
-T = TypeVar("T")
 Progress = Callable[[str, int], None]  # what is being done, bytes done since the last call
 
 
@@ -313,18 +311,3 @@ def _new_file(target: Path) -> Iterator[IO[bytes]]:
 
 def _taken(target: Path) -> InputError:
     return InputError(f"{target}: already exists; choose another --output or remove it")
-
-
-def in_order(
-    jobs: Iterable[Callable[[], T]], threads: int | None = None
-) -> Generator[T, None, None]:
-    """The results of `jobs`, run by several threads, in order; a few at once are in memory."""
-    threads = threads or min(len(os.sched_getaffinity(0)), 8)
-    with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[T]] = deque()
-        for job in jobs:
-            running.append(pool.submit(job))
-            if len(running) > 2 * threads:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
