@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sdcompress import __version__
 from sdcompress.catalog import model_files
 from sdcompress.errors import InputError, VerificationError
+from sdcompress.parallel import in_order
 from sdcompress.plan import SparsityPlan
 
 MANIFEST = "manifest.json"
@@ -126,7 +128,9 @@ class Bundle:
         Nothing is written: the manifest exists in memory only, with the digest of each file the
         pipeline needs.
         """
-        files = {f.relative_to(directory).as_posix(): _record(f) for f in model_files(directory)}
+        files = _records(
+            directory, [f.relative_to(directory).as_posix() for f in model_files(directory)]
+        )
         manifest = Manifest(stage="source", parent=None, source=source, tools={}, files=files)
         return cls(directory, manifest, hashlib.sha256(_manifest_bytes(manifest)).hexdigest())
 
@@ -143,9 +147,9 @@ class Bundle:
             raise VerificationError(
                 f"{self.path}: {extra[0]} is not in the manifest; remove the file"
             )
+        found_records = _records(self.path, list(self.manifest.files))
         for name, record in self.manifest.files.items():
-            file = self.path / name
-            if file.stat().st_size != record.size or sha256_file(file) != record.sha256:
+            if found_records[name] != record:
                 raise VerificationError(
                     f"{self.path}: {name} is not the file the manifest describes; "
                     "make the bundle again"
@@ -193,21 +197,28 @@ def staging(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def seal(
-    directory: Path, manifest: Manifest, *, linked: Mapping[str, FileRecord] | None = None
+    directory: Path, manifest: Manifest, *, known: Mapping[str, FileRecord] | None = None
 ) -> Manifest:
     """Write the manifest of a finished directory, with the digest of every file in it.
 
-    `linked` holds the records of files that `link_files` took over unchanged: they were hashed
-    when their own bundle was made or opened.
+    `known` holds the records of files that need not be read again: those that `link_files` took
+    over unchanged, and those that were hashed while they were written.
     """
-    known = linked or {}
-    files = {
-        name: known.get(name) or _record(directory / name)
-        for name in sorted(_relative_files(directory))
-    }
+    known = known or {}
+    names = sorted(_relative_files(directory))
+    found = _records(directory, [name for name in names if name not in known])
+    files = {name: found.get(name) or known[name] for name in names}
     sealed = manifest.model_copy(update={"files": files})
     (directory / MANIFEST).write_bytes(_manifest_bytes(sealed))
     return sealed
+
+
+def _records(directory: Path, names: Sequence[str]) -> dict[str, FileRecord]:
+    """The records of these files, in this order; read by several threads, large ones first."""
+    files = {name: directory / name for name in names}
+    order = sorted(names, key=lambda name: -files[name].stat().st_size)
+    found = dict(zip(order, in_order(partial(_record, files[n]) for n in order), strict=True))
+    return {name: found[name] for name in names}
 
 
 def _record(file: Path) -> FileRecord:

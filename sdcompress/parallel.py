@@ -1,7 +1,6 @@
 """Work on many tensors by several threads, with the results in order.
 
-Reading, hashing and numpy's loops leave the interpreter's lock, so that threads do. What they call
-of torch should be small (below 32768 numbers), or torch starts threads of its own in each of them.
+Reading, hashing and the loops of numpy and torch leave the interpreter's lock, so that threads do.
 """
 
 from __future__ import annotations
@@ -21,15 +20,17 @@ def cores() -> int:
 
 
 def in_order(
-    jobs: Iterable[Callable[[], T]], threads: int | None = None
+    jobs: Iterable[Callable[[], T]],
+    threads: int | None = None,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Generator[T, None, None]:
-    """The results of `jobs`, run by several threads, in order.
+    """The results of `jobs`, run by several threads, in order; each thread calls `prepare` first.
 
     No more than `threads` + 1 results are in memory, the one that was given out last included.
     Close it to leave early: what runs is waited for, what waits is not begun.
     """
     threads = threads or cores()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
         running: deque[Future[T]] = deque()
         try:
             for job in jobs:

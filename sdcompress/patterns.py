@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sdcompress.bits import slices
 from sdcompress.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    from sdcompress.selection import Scores
 
 REDUCTION_AXIS = 1  # of both Linear [out, in] and Conv [K, C, R, S]
 MAX_M = 16
@@ -89,22 +94,41 @@ def keep_mask(scores: Tensor, pattern: Pattern, zeros: int, compare: Compare) ->
     tensor, each output row, or each group of M along the reduction axis). Every row gives the same
     share, to within one weight. Among equal scores the lower index goes first.
     """
-    if pattern.n is not None and pattern.m is not None:
-        return _keep_n_of_m(scores, pattern.n, pattern.m)
-    if compare == "row":
-        import torch
+    import numpy as np
+    import torch
 
+    if pattern.m is None and compare == "row":
         rows = scores.reshape(scores.shape[0], -1)
         each, more = divmod(zeros, len(rows))
         # Where more go in a later round, no row may give less.
         shares = each + (torch.arange(len(rows), device=rows.device) >= len(rows) - more).long()
         return _drop_lowest(rows, shares[:, None]).reshape(scores.shape)
-    return Threshold.find([scores], zeros).keep(scores)
+    if scores.device.type != "cpu":
+        return _keep_by_sorting(scores, pattern, zeros)
+    masks = list(keep_masks(lambda: slices(scores), pattern, zeros))
+    return torch.from_numpy(np.concatenate([np.empty(0, bool), *masks])).reshape(scores.shape)
 
 
-def _keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
-    pattern = Pattern(n, m)
-    keep = _drop_lowest(grouped(scores, pattern), m - n)
+def keep_masks(scores: Scores, pattern: Pattern, zeros: int) -> Iterator[NDArray[np.bool_]]:
+    """The same for scores that come in slices of whole rows, on a CPU; masks are flat.
+
+    Rows do not compete among themselves here. What comes of a slice is not looked at again.
+    """
+    from sdcompress.selection import find_cuts, keep_n_of_m
+
+    if pattern.n is not None and pattern.m is not None:
+        n, m = pattern.n, pattern.m
+        return (keep_n_of_m(part, n, m) for part in scores())
+    (cut,) = find_cuts([scores], zeros)
+    return cut.keep(scores())
+
+
+def _keep_by_sorting(scores: Tensor, pattern: Pattern, zeros: int) -> Tensor:
+    """What `keep_mask` gives, by a stable sort; on any device."""
+    scores = scores.float()
+    if pattern.n is None or pattern.m is None:
+        return _drop_lowest(scores.reshape(1, -1), zeros).reshape(scores.shape)
+    keep = _drop_lowest(grouped(scores, pattern), pattern.m - pattern.n)
     return ungrouped(keep, scores.shape, pattern)
 
 
@@ -218,68 +242,10 @@ class Select:
         return scores.float().masked_fill(gone, -math.inf)
 
 
-class Threshold:
-    """The exact boundary below which weights go, found without sorting and over any number of
-    tensors: a radix selection on the scores' bits in two passes of 65,536 bins each.
-
-    Peak memory is a few times the largest tensor handed in, whatever their number.
-    """
-
-    def __init__(self, key: int, ties: int) -> None:
-        self._key = key
-        self._ties = ties  # how many scores equal to the boundary still go, lowest index first
-
-    @classmethod
-    def find(cls, scores: Iterable[Tensor], zeros: int) -> Threshold:
-        """`scores` is walked twice and must give the same tensors in the same order."""
-        if zeros == 0:
-            return cls(_LOWEST, 0)
-        high, before = cls._bin(scores, zeros, lambda key: (key >> 16) + 32768)
-        digit = high - 32768
-        low, below = cls._bin(scores, zeros - before, lambda key: key[key >> 16 == digit] & 0xFFFF)
-        return cls((digit << 16) | low, zeros - before - below)
-
-    @staticmethod
-    def _bin(
-        scores: Iterable[Tensor], zeros: int, digit: Callable[[Tensor], Tensor]
-    ) -> tuple[int, int]:
-        """The bin that holds the `zeros`-th lowest digit, and how many digits lie in lower bins."""
-        import torch
-
-        counts = torch.zeros(65536, dtype=torch.int64)
-        for s in scores:
-            counts += torch.bincount(digit(_ordered_bits(s)), minlength=65536).cpu()
-        total = counts.cumsum(0)
-        index = int(torch.searchsorted(total, zeros))
-        return index, int(total[index] - counts[index])
-
-    def keep(self, scores: Tensor) -> Tensor:
-        """The mask of weights to keep. Call it in the order of `find`: ties are used up."""
-        key = _ordered_bits(scores)
-        keep = key >= self._key
-        if self._ties:
-            dropped = (key == self._key).nonzero().squeeze(1)[: self._ties]
-            keep[dropped] = False
-            self._ties -= len(dropped)
-        return keep.reshape(scores.shape)
-
-
-_LOWEST = -(2**31)
-
-
-def _ordered_bits(scores: Tensor) -> Tensor:
-    """fp32 scores as int32 that sort the same way; -0.0 counts as +0.0.
-
-    The bits of a positive float grow with it; those of a negative one must be turned around.
-    """
-    import torch
-
-    bits = (scores.float() + 0.0).reshape(-1).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 def violations(weight: Tensor, pattern: Pattern) -> int:
     """How many groups of M along the reduction axis hold more than N non-zero weights."""
+    from sdcompress.selection import groups_above
+
     if pattern.n is None or pattern.m is None:
         return 0
-    return int((grouped(weight != 0, pattern).sum(-1) > pattern.n).sum())
+    return sum(groups_above(part, pattern.n, pattern.m) for part in slices(weight))

@@ -437,5 +437,5 @@ def _finish(
         told["details"] = {**manifest.details, "rounds": list(rounds.values())}
     with staging(out, replace=replace) as work:
         linked = link_files(last, work)
-        seal(work, manifest.model_copy(update=told), linked=linked)
+        seal(work, manifest.model_copy(update=told), known=linked)
     shutil.rmtree(folder)

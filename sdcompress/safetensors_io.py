@@ -8,13 +8,15 @@ writer that streams, so that pruning a model costs about as much memory as its l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from sdcompress.bits import all_finite
 from sdcompress.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,21 +126,30 @@ def read_tensor(info: TensorInfo) -> Tensor:
     Raises:
         InputError: the file shrank or cannot be read any more.
     """
+    import numpy as np
     import torch
 
     dtype = getattr(torch, DTYPES[info.dtype][0])
-    buffer = bytearray(info.nbytes)
+    buffer = np.empty(info.nbytes, np.uint8)  # in large pages, which torch's own memory is not
     try:
-        with info.file.open("rb") as f:
+        with info.file.open("rb", buffering=0) as f:
             f.seek(info.offset)
-            n = f.readinto(buffer)
+            n = _read_into(f, buffer.data)
     except OSError as e:
         raise InputError(f"{info.file}: cannot be read ({e.strerror}); check the disk") from e
     if n != info.nbytes:
         raise InputError(f"{info.file}: it shrank while being read; is something writing to it?")
-    if not buffer:
+    if not info.nbytes:  # of which torch makes no view
         return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+    return torch.from_numpy(buffer).view(dtype).reshape(info.shape)
+
+
+def _read_into(f: IO[bytes], buffer: memoryview) -> int:
+    """Fill the buffer as far as the file goes; one call of the system gives 2 GB at most."""
+    done = 0
+    while n := f.readinto(buffer[done:]):  # type: ignore[attr-defined]  # of an unbuffered file
+        done += n
+    return done
 
 
 def read_finite(info: TensorInfo) -> Tensor:
@@ -148,7 +159,7 @@ def read_finite(info: TensorInfo) -> Tensor:
         InputError: it holds NaN or infinity.
     """
     weight = read_tensor(info)
-    if not bool(weight.isfinite().all()):
+    if not all_finite(weight):
         raise InputError(
             f"{info.file}: {info.name} holds NaN or infinite weights; "
             "use a checkpoint that makes pictures (fp16 conversions of fp32 can overflow)"
@@ -165,19 +176,33 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 class StreamWriter:
-    """Writes a file with the same tensors, types, shapes and order as `like`, one at a time."""
+    """Writes a file with the same tensors, types, shapes and order as `like`, one at a time.
+
+    Folders on the way to it are made. `size` (bytes) and `sha256` are of what has been written.
+    """
 
     def __init__(self, path: Path, like: Header) -> None:
         self._todo: Iterator[TensorInfo] = iter(like.tensors.values())
+        self._digest, self.size = hashlib.sha256(), 0
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("xb")
         with like.path.open("rb") as f:  # the header stays byte for byte what it was
-            self._file.write(f.read(like.data_start))
+            self._write(f.read(like.data_start))
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
     def write(self, info: TensorInfo, data: memoryview) -> None:
         expected = next(self._todo)
         if expected.name != info.name or data.nbytes != expected.nbytes:
             raise ValueError(f"expected {expected.name} of {expected.nbytes} bytes next")
+        self._write(data)
+
+    def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
 
     def __enter__(self) -> StreamWriter:
         return self

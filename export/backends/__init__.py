@@ -211,7 +211,7 @@ def seal_onnx_files(
         "tools": {**manifest.tools, **tools},
     }
     with staging(out, replace=replace) as work:
-        seal(work, manifest.model_copy(update=update), linked=link_files(source, work))
+        seal(work, manifest.model_copy(update=update), known=link_files(source, work))
     return Bundle.open(out)
 
 

@@ -8,7 +8,7 @@ one unstructured rule, and `NEEDS`: what has to be recorded of every layer befor
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -31,8 +31,8 @@ class Evidence(Protocol):
     def weight(self, layer: LayerPlan) -> Tensor:
         """The weight in fp32, in its own shape."""
 
-    def scores(self, layer: LayerPlan) -> Tensor:
-        """What the rule's criterion says of it, shaped like the weight; only where it scores."""
+    def scores(self, layer: LayerPlan) -> Iterator[Tensor]:
+        """What the rule's criterion says of it, in slices of whole rows; only where it scores."""
 
     def statistic(self, layer: LayerPlan, name: str) -> Tensor:
         """A statistic named in `NEEDS`, as `criteria.LayerStats` describes it."""
@@ -116,7 +116,7 @@ class _Nothing:
     def weight(self, layer: LayerPlan) -> Tensor:
         raise _UnreadError
 
-    def scores(self, layer: LayerPlan) -> Tensor:
+    def scores(self, layer: LayerPlan) -> Iterator[Tensor]:
         raise _UnreadError
 
     def statistic(self, layer: LayerPlan, name: str) -> Tensor:

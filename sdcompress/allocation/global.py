@@ -6,19 +6,18 @@ threshold. That one is found by walking over all scores anew: nothing but a laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sdcompress.allocation import Evidence, Group
 from sdcompress.allocation._budget import Budget
-from sdcompress.patterns import Threshold
+from sdcompress.bits import tensors_in_order
 from sdcompress.plan import LayerPlan
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sdcompress.recipe import ComponentRecipe, Rule
+    from sdcompress.selection import Cut, Scores
 
 NEEDS: frozenset[str] = frozenset()
 
@@ -51,18 +50,15 @@ def allocate(
     return [*stopped, Group(tuple(free), total)] if free else stopped
 
 
-@dataclass(frozen=True)
-class _Scores:
-    layers: Sequence[LayerPlan]
-    evidence: Evidence
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self.evidence.scores(layer) for layer in self.layers)
-
-
 def _counts(layers: Sequence[LayerPlan], total: int, evidence: Evidence) -> dict[str, int]:
     """How many weights of each layer, by its name, one threshold over all takes."""
-    scores = _Scores(layers, evidence)
-    threshold = Threshold.find(scores, total)
-    kept = [int(threshold.keep(s).sum()) for s in scores]
+    from sdcompress.selection import find_cuts
+
+    scores = [partial(evidence.scores, layer) for layer in layers]
+    cuts = find_cuts(scores, total)
+    kept = tensors_in_order(partial(_kept, cut, one) for cut, one in zip(cuts, scores, strict=True))
     return {layer.name: layer.numel - n for layer, n in zip(layers, kept, strict=True)}
+
+
+def _kept(cut: Cut, scores: Scores) -> int:
+    return sum(int(mask.sum()) for mask in cut.keep(scores()))

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from sdcompress.bundle import Bundle
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, the rest on stderr."
@@ -111,17 +113,27 @@ def picture_options(f: F) -> F:
 
 
 def open_model(model: str, **how: Any) -> Bundle:
-    """A model source, or an existing bundle of weights, as a bundle."""
+    """A model source, or an existing bundle of weights, as a bundle; its files are hashed."""
     from sdcompress.bundle import MANIFEST, Bundle
     from sdcompress.models.sources import MINI_SD2, resolve
 
     path = Path(model).expanduser()
     if model != MINI_SD2 and (path / MANIFEST).is_file() and not how.get("loras"):
         bundle = Bundle.open(path, stages=("source", "pruned", "tuned"))
-        bundle.check_files()
+        _while_torch_loads(bundle.check_files)
         return bundle
     resolved = resolve(model, **how)
-    return Bundle.of_source(resolved.directory, resolved.source)
+    return _while_torch_loads(lambda: Bundle.of_source(resolved.directory, resolved.source))
+
+
+def _while_torch_loads(work: Callable[[], T]) -> T:
+    """What `work` gives. Whoever opens a model needs torch, whose import takes one core as long as
+    a large model takes to be hashed."""
+    with ThreadPoolExecutor(1) as beside:
+        result = beside.submit(work)
+        import torch  # noqa: F401
+
+        return result.result()
 
 
 def console() -> Console:

@@ -94,6 +94,8 @@ class Criterion:
     (mask, weight). A criterion never chooses groups: `select` turns scores into a mask.
     `group` marks what judges neurons, heads and channels as a whole, and no single weights; it is
     in `shrink`. `compare` says within what scores compete: the whole tensor, or each output row.
+    `elementwise` promises that a score depends on its own weight and nothing else, so that weights
+    may be handed in by the slice.
     """
 
     needs: frozenset[str] = frozenset()
@@ -101,6 +103,7 @@ class Criterion:
     score: Callable[[Tensor, LayerStats], Tensor] | None = None
     solve: Callable[[Tensor, LayerStats, Select], tuple[Tensor, Tensor]] | None = None
     group: bool = False
+    elementwise: bool = False
 
     def __post_init__(self) -> None:
         if [self.score is not None, self.solve is not None, self.group].count(True) != 1:

@@ -14,4 +14,4 @@ def score(weight: Tensor, stats: LayerStats) -> Tensor:
     return weight.abs()
 
 
-CRITERION = Criterion(score=score)
+CRITERION = Criterion(score=score, elementwise=True)

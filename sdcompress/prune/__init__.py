@@ -108,8 +108,14 @@ def prune(
         if not ready:
             decisions.allocate()
         with staging(out, replace=replace) as work:
-            resolved, tensors = write_pruned(
-                model.path, catalog, plan, work, decide, partial(progress, "pruning")
+            resolved, tensors, written = write_pruned(
+                model.path,
+                catalog,
+                plan,
+                work,
+                decide,
+                partial(progress, "pruning"),
+                decisions.threads,
             )
             if short := shortfalls(resolved, recipe):
                 raise SdcompressError(
@@ -126,7 +132,7 @@ def prune(
                 tensors=tensors,
                 details={**_structure(model), **_blocks(plan, recipe)},
             )
-            seal(work, manifest, linked=linked)
+            seal(work, manifest, known={**linked, **written})
 
     on_main_process(write)
     return Bundle.open(out)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.allocation import Group, allocate
+from sdcompress.bits import slices, zero_out
 from sdcompress.bundle import Bundle
 from sdcompress.calibrate import exact_device
 from sdcompress.catalog import Catalog
 from sdcompress.criteria import Criterion, LayerStats, layer_seed, load_criterion
 from sdcompress.errors import InputError
-from sdcompress.patterns import UNSTRUCTURED, Select, Threshold, keep_mask, parse_pattern
+from sdcompress.patterns import UNSTRUCTURED, Select, keep_mask, keep_masks, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan
 from sdcompress.recipe import Recipe
 from sdcompress.safetensors_io import read_finite
+from sdcompress.selection import Cut, find_cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +60,7 @@ class Decisions:
         pruned = before.manifest.plan.layers if before and before.manifest.plan else ()
         self._before = {(p.component, p.name) for p in pruned if p.pruned}
         self._zeros: dict[tuple[str, str], int] = {}
-        self._thresholds: dict[tuple[str, str], Threshold] = {}
+        self._cuts: dict[tuple[str, str], Cut] = {}
 
     def allocate(self) -> None:
         """Settle how many weights go in each layer. Comes before the first decision."""
@@ -67,29 +70,45 @@ class Decisions:
                     (layer,) = group.layers
                     self._zeros[component, layer.name] = group.zeros
                 else:
-                    threshold = Threshold.find(_Scores(self, group), group.zeros)
-                    self._thresholds |= {(component, p.name): threshold for p in group.layers}
+                    scores = [partial(self._read_scores, layer) for layer in group.layers]
+                    names = [(component, layer.name) for layer in group.layers]
+                    cuts = find_cuts(scores, group.zeros)
+                    self._cuts |= dict(zip(names, cuts, strict=True))
         self._loss = None  # and with it a model
 
+    @property
+    def threads(self) -> int | None:
+        """How many layers may be decided on at once; None: as many as there are processors."""
+        methods = {layer.criterion for layer in self._plan.layers if layer.pruned}
+        return 1 if any(load_criterion(name).solve for name in methods if name) else None
+
     def decide(self, layer: LayerPlan, weight: Tensor) -> Tensor:
-        """The layer's weight, in its own dtype, with zeros where it is pruned. Once for each layer:
-        layers that share a threshold share the ties at it, too.
+        """The layer's weight, in its own dtype, with zeros where it is pruned; mostly in place.
 
         Raises:
             InputError: the criterion makes of it what its dtype cannot hold.
         """
         criterion, pattern = _criterion(layer), parse_pattern(layer.pattern or "")
         key = (layer.component, layer.name)
-        gone = weight == 0 if key in self._before else None
         if criterion.solve:
+            gone = weight == 0 if key in self._before else None
             select = Select(pattern, layer.shape, self._zeros[key], gone)
             return self._solve(criterion, layer, weight, select)
-        scores = self.scores(layer, weight)
-        if threshold := self._thresholds.get(key):
-            keep = threshold.keep(scores)
-        else:
+        for part, keep in zip(slices(weight), self._keep(layer, weight), strict=True):
+            zero_out(part, keep)
+        return weight
+
+    def _keep(self, layer: LayerPlan, weight: Tensor) -> Iterator[Any]:
+        """The masks of what stays of each slice of the weight, flat."""
+        criterion, pattern = _criterion(layer), parse_pattern(layer.pattern or "")
+        key = (layer.component, layer.name)
+        if cut := self._cuts.get(key):
+            return cut.keep(self.scores(layer, weight))
+        if pattern.m is None and criterion.compare == "row":
+            (scores,) = self._scores(layer, [weight])
             keep = keep_mask(scores, pattern, self._zeros[key], criterion.compare)
-        return weight.masked_fill(~keep, 0.0)
+            return (part.reshape(-1).numpy() for part in slices(keep))
+        return keep_masks(partial(self.scores, layer, weight), pattern, self._zeros[key])
 
     def _solve(
         self, criterion: Criterion, layer: LayerPlan, weight: Tensor, select: Select
@@ -110,14 +129,24 @@ class Decisions:
             )
         return solved
 
-    def scores(self, layer: LayerPlan, weight: Tensor) -> Tensor:
-        """Higher = keep; the lowest of all where an earlier round has pruned."""
-        score = _criterion(layer).score
+    def scores(self, layer: LayerPlan, weight: Tensor) -> Iterator[Tensor]:
+        """Higher = keep; the lowest of all where an earlier round has pruned. In slices."""
+        if _criterion(layer).elementwise:
+            return self._scores(layer, slices(weight))
+        (whole,) = self._scores(layer, [weight])
+        return slices(whole)
+
+    def _scores(self, layer: LayerPlan, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+        score, stats = _criterion(layer).score, self._stats(layer, "cpu")
         assert score
-        scores = score(weight, self._stats(layer, "cpu"))
-        if (layer.component, layer.name) in self._before:
-            scores = scores.masked_fill(weight == 0, -float("inf"))
-        return scores
+        for weight in weights:
+            scores = score(weight, stats)
+            if (layer.component, layer.name) in self._before:
+                scores = scores.masked_fill(weight == 0, -float("inf"))
+            yield scores
+
+    def _read_scores(self, layer: LayerPlan) -> Iterator[Tensor]:
+        return self.scores(layer, self.read(layer))
 
     def read(self, layer: LayerPlan) -> Tensor:
         return read_finite(self._infos[layer.component, layer.name])
@@ -162,7 +191,7 @@ class _Evidence:
     def weight(self, layer: LayerPlan) -> Tensor:
         return self.decisions.read(layer).float()
 
-    def scores(self, layer: LayerPlan) -> Tensor:
+    def scores(self, layer: LayerPlan) -> Iterator[Tensor]:
         return self.decisions.scores(layer, self.decisions.read(layer))
 
     def statistic(self, layer: LayerPlan, name: str) -> Tensor:
@@ -176,18 +205,6 @@ class _Evidence:
 
     def progress(self, done: int, total: int) -> None:
         self.decisions.progress("measuring layers", done, total)
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """The scores of a group, read again on every walk: two passes cost less than keeping them."""
-
-    decisions: Decisions
-    group: Group
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for layer in self.group.layers:
-            yield self.decisions.scores(layer, self.decisions.read(layer))
 
 
 def _criterion(layer: LayerPlan) -> Criterion:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdcompress.bundle import TensorRecord
+from sdcompress.bits import is_zero, slices, tensors_in_order
+from sdcompress.bundle import FileRecord, TensorRecord
 from sdcompress.catalog import Catalog
 from sdcompress.plan import LayerPlan, SparsityPlan
-from sdcompress.safetensors_io import StreamWriter, raw_bytes, read_finite
+from sdcompress.safetensors_io import StreamWriter, TensorInfo, raw_bytes, read_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,38 +32,53 @@ def write_pruned(
     work: Path,
     decide: Decide,
     progress: Callable[[int, int], None],
-) -> tuple[SparsityPlan, Records]:
+    threads: int | None = None,
+) -> tuple[SparsityPlan, Records, dict[str, FileRecord]]:
     """Write every file of the catalog in which a tensor changes below `work`.
 
-    Gives the plan with the zeros that came of it, and the record of every tensor. Tensors come by
-    one at a time, in file order; `progress` counts their bytes.
+    Gives the plan with the zeros that came of it, the record of every tensor, and that of every
+    file written. Tensors are read, decided on and hashed by several threads, a few at a time, and
+    written in file order; `progress` counts their bytes.
     """
     layers = {(p.component, p.name): p for p in plan.layers}
     tensors: Records = defaultdict(dict)
-    infos = [i for shards in catalog.headers.values() for h in shards for i in h.tensors.values()]
-    done, total = 0, sum(info.nbytes for info in infos)
-    for component, shards in catalog.headers.items():
-        for header in shards:
-            planned = {n for n in header.tensors if _is_pruned(layers.get((component, n)))}
-            target = work / header.path.relative_to(model)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with StreamWriter(target, header) if planned else nullcontext() as writer:
-                for info in header.tensors.values():
-                    weight = read_finite(info)
-                    if info.name in planned:
-                        layer = layers[component, info.name]
-                        weight = decide(layer, weight)
-                        zeros = int((weight == 0).sum())  # those the model brought along too
-                        layers[component, info.name] = layer.model_copy(
-                            update={"zeros": zeros, "sparsity": zeros / layer.numel}
-                        )
-                    if writer:
-                        writer.write(info, raw_bytes(weight))
-                    record = record_tensor(weight, info.dtype, pruned=info.name in planned)
-                    tensors[component][info.name] = record
-                    done += info.nbytes
-                    progress(done, total)
-    return plan.model_copy(update={"layers": tuple(layers.values())}), dict(tensors)
+    files: dict[str, FileRecord] = {}
+    infos = [
+        (component, info)
+        for component, shards in catalog.headers.items()
+        for header in shards
+        for info in header.tensors.values()
+    ]
+
+    def make(component: str, info: TensorInfo) -> tuple[Tensor, TensorRecord]:
+        layer, weight = layers.get((component, info.name)), read_finite(info)
+        if pruned := layer is not None and layer.pruned:
+            weight = decide(layer, weight)
+        return weight, record_tensor(weight, info.dtype, pruned=pruned)
+
+    done, total = 0, sum(info.nbytes for _, info in infos)
+    with closing(tensors_in_order((partial(make, *i) for i in infos), threads)) as made:
+        for component, shards in catalog.headers.items():
+            for header in shards:
+                changes = any(_is_pruned(layers.get((component, n))) for n in header.tensors)
+                name = header.path.relative_to(model).as_posix()
+                with StreamWriter(work / name, header) if changes else nullcontext() as writer:
+                    for info in header.tensors.values():
+                        weight, record = next(made)
+                        if writer:
+                            writer.write(info, raw_bytes(weight))
+                        tensors[component][info.name] = record
+                        if record.zeros is not None:  # those the model brought along, too
+                            share = record.zeros / info.numel
+                            layers[component, info.name] = layers[component, info.name].model_copy(
+                                update={"zeros": record.zeros, "sparsity": share}
+                            )
+                        done += info.nbytes
+                        progress(done, total)
+                if writer:
+                    files[name] = FileRecord(size=writer.size, sha256=writer.sha256)
+    resolved = plan.model_copy(update={"layers": tuple(layers.values())})
+    return resolved, dict(tensors), files
 
 
 def _is_pruned(layer: LayerPlan | None) -> bool:
@@ -77,6 +94,9 @@ def record_tensor(weight: Tensor, dtype: str, *, pruned: bool) -> TensorRecord:
     )
     if not pruned:
         return record
-    zero = (weight == 0).reshape(-1).numpy()
-    mask = hashlib.sha256(np.packbits(zero).tobytes()).hexdigest()
-    return record.model_copy(update={"zeros": int(zero.sum()), "zero_mask_sha256": mask})
+    zeros, mask = 0, hashlib.sha256()
+    for part in slices(weight.reshape(-1)):  # of whole bytes of the mask, but for the last one
+        zero = is_zero(part)
+        zeros += int(np.count_nonzero(zero))
+        mask.update(np.packbits(zero).data)
+    return record.model_copy(update={"zeros": zeros, "zero_mask_sha256": mask.hexdigest()})

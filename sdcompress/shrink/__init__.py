@@ -136,7 +136,7 @@ def shrink(
                 tensors=made.tensors,
                 details=made.details,
             )
-            seal(work, manifest, linked=linked)
+            seal(work, manifest, known=linked)
 
     on_main_process(write)
     return Bundle.open(out)

@@ -86,7 +86,7 @@ def write_bundle(job: Job, out: Path, *, replace: bool, log: dict[str, Any]) -> 
             },
         )
         linked = link_files(job.parent, work)
-        seal(work, manifest, linked=linked)
+        seal(work, manifest, known=linked)
         write_json(work / LOG, log)
     return Bundle.open(out)
 

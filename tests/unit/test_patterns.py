@@ -12,7 +12,6 @@ from sdcompress.patterns import (
     UNSTRUCTURED,
     Pattern,
     Select,
-    Threshold,
     fits,
     from_columns,
     keep_mask,
@@ -89,18 +88,6 @@ def test_ties_go_to_the_lower_index() -> None:
     assert keep_mask(ones, UNSTRUCTURED, 3, "tensor").int().tolist() == [[0, 0, 0, 1], [1, 1, 1, 1]]
     assert keep_mask(ones, UNSTRUCTURED, 4, "row").int().tolist() == [[0, 0, 1, 1]] * 2
     assert keep_mask(ones, TWO_OF_FOUR, 4, "tensor").int().tolist() == [[0, 0, 1, 1]] * 2
-
-
-def test_a_threshold_over_several_tensors_equals_one_over_their_concatenation() -> None:
-    torch.manual_seed(1)
-    parts = [torch.randint(-3, 4, (5, 7)).float(), torch.randn(3, 4), torch.zeros(2, 2)]
-    whole = torch.cat([p.reshape(-1) for p in parts]).reshape(1, -1)
-    for zeros in range(0, whole.numel() + 1, 3):
-        threshold = Threshold.find(parts, zeros)
-        got = torch.cat([threshold.keep(p).reshape(-1) for p in parts])
-        expected = torch.ones(whole.numel(), dtype=torch.bool)
-        expected[torch.argsort(whole[0], stable=True)[:zeros]] = False
-        assert got.tolist() == expected.tolist()
 
 
 @settings(max_examples=60, deadline=None)

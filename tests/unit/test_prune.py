@@ -153,8 +153,8 @@ def test_masks_that_do_less_than_asked_are_caught(
 ) -> None:
     import sdcompress.prune._decisions as module
 
-    lazy = module.keep_mask
-    monkeypatch.setattr(module, "keep_mask", lambda s, p, zeros, c: lazy(s, p, zeros // 10, c))
+    lazy = module.keep_masks
+    monkeypatch.setattr(module, "keep_masks", lambda s, p, zeros: lazy(s, p, zeros // 10))
     with pytest.raises(SdcompressError, match="zeros, asked"):
         prune(tiny_source, _recipe({"rules": [{"sparsity": 0.5}]}), tmp_path / "p")
     assert not (tmp_path / "p").exists()

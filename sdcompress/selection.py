@@ -1,0 +1,228 @@
+"""The lowest of many scores, exactly: on all cores, without sorting, a slice at a time.
+
+Scores are compared as integers that sort as they do. This is for a CPU; `patterns` has the same by
+a stable sort, for devices, and a test holds both equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdcompress.bits import bits, is_zero, tensors_in_order
+from sdcompress.parallel import T
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Scores = Callable[[], Iterable["Tensor"]]  # of one weight, in slices, anew at every call
+Keys = NDArray[Any]
+Mask = NDArray[np.bool_]
+Counts = NDArray[np.int64]
+_BINS, _HALF = 1 << 16, 1 << 15
+_LOWEST = -(1 << 31)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What goes of one weight: the scores below a boundary, and the first `ties` that equal it.
+
+    `boundary` is a key of fp32, as `find_cuts` has it.
+    """
+
+    boundary: int
+    ties: int
+
+    def keep(self, scores: Iterable[Tensor]) -> Iterator[Mask]:
+        """The masks of what stays of each slice, flat; slices in the weight's own order."""
+        ties = self.ties
+        for part in scores:
+            keys = _keys(part)
+            lowest, exact = _lowest_kept(self.boundary, part.dtype)
+            keep = keys >= lowest
+            if ties and exact:
+                gone = np.flatnonzero(keys == lowest)[:ties]
+                keep[gone] = False
+                ties -= len(gone)
+            yield keep
+
+
+def find_cuts(scores: Sequence[Scores], zeros: int) -> list[Cut]:
+    """Where to cut each of several weights so that `zeros` go in all, those of the lowest scores.
+
+    Among equal scores the earlier one goes first, in the order of `scores` and of their elements. A
+    radix selection in digits of 16 bits: each weight is walked over once, a second time for the low
+    digits of scores that have more than 16 bits, and once more to share out ties where there are
+    several weights. In memory are a slice and 65536 counts for each thread.
+    """
+    if zeros == 0:
+        return [Cut(_LOWEST, 0)] * len(scores)
+    tables = _counted(scores, None)
+    high, below = _digit(tables, None, zeros)
+    if _wide() in tables:
+        tables = _counted(scores, high)
+    low, before = _digit(tables, high, zeros - below)
+    boundary, ties = high << 16 | low + _HALF, zeros - below - before
+    if len(scores) == 1:
+        return [Cut(boundary, ties)]
+    cuts = []
+    for equal in _each(scores, partial(_equal, boundary)):
+        cuts.append(Cut(boundary, min(equal, ties)))
+        ties -= cuts[-1].ties
+    return cuts
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Mask:
+    """The mask, flat, of the `n` highest of every `m` along axis 1; of equal ones the later stay.
+
+    A score's rank is how many of its group lie below it. The members of a group are one kernel
+    apart in memory, so that all groups are compared at once by shifting the whole slice.
+    """
+    keys = _keys(scores)
+    step = math.prod(scores.shape[2:])
+    rank = np.zeros(len(keys), np.uint8)
+    for gap in range(step, m * step, step):
+        later = _later(len(keys), m * step, gap)
+        above = keys[gap:] >= keys[:-gap]
+        rank[gap:] += later & above
+        rank[:-gap] += later > above
+    mask: Mask = rank >= m - n
+    return mask
+
+
+@lru_cache(maxsize=64)  # a weight's slices are of at most two lengths
+def _later(length: int, group: int, gap: int) -> Mask:
+    """Of the numbers from `gap` on: whether the one `gap` before it is of the same group."""
+    mask: Mask = np.arange(gap, length) % group >= gap
+    return mask
+
+
+def groups_above(weight: Tensor, n: int, m: int) -> int:
+    """How many groups of `m` along axis 1 hold more than `n` weights that are not zero."""
+    nonzero = ~is_zero(weight)
+    step = math.prod(weight.shape[2:])
+    count = nonzero.astype(np.uint8)
+    for gap in range(step, m * step, step):
+        count[:-gap] += nonzero[gap:]
+    return int(np.count_nonzero(count.reshape(-1, m, step)[:, 0] > n))
+
+
+# Keys: integers that sort as scores do.
+
+
+def _keys(scores: Tensor) -> Keys:
+    """Flat: of 16-bit floats int16, of all others int32, by way of fp32. -0.0 counts as +0.0."""
+    numbers = bits(scores if _narrow(scores.dtype) else scores.float())
+    if numbers.min(initial=0) >= 0:
+        return numbers
+    numbers = numbers.copy()  # they are the scores' own bits
+    top = 8 * numbers.itemsize - 1
+    # The bits of a positive float grow with it; those of a negative one must be turned around.
+    numbers ^= numbers >> top & (1 << top) - 1
+    numbers += numbers == -1
+    return numbers
+
+
+def _narrow(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 2
+
+
+def _wide() -> torch.dtype:
+    import torch
+
+    return torch.float32
+
+
+@lru_cache(maxsize=2)
+def _as_wide(dtype: torch.dtype) -> Keys:
+    """The key in fp32 of every key of a 16-bit type, lowest first."""
+    import torch
+
+    keys = torch.arange(-_HALF, _HALF, dtype=torch.int32)
+    raw = (keys ^ (keys >> 15 & 0x7FFF)).to(torch.int16)
+    wide = _keys(raw.view(dtype).float())
+    wide[_HALF - 1] = -1  # that of -0.0, which no score has; it must not pass for that of +0.0
+    return wide
+
+
+def _lowest_kept(boundary: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """The lowest key of this type that is not below the boundary, and whether it equals it."""
+    if not _narrow(dtype):
+        return boundary, True
+    known = _as_wide(dtype)
+    index = int(np.searchsorted(known, boundary))
+    return index - _HALF, index < _BINS and int(known[index]) == boundary
+
+
+# Counting them.
+
+
+def _each(scores: Sequence[Scores], look: Callable[[Scores], T]) -> Iterator[T]:
+    if len(scores) == 1:  # which some thread may be at work on, beside others
+        return iter([look(scores[0])])
+    return tensors_in_order(partial(look, one) for one in scores)
+
+
+def _counted(scores: Sequence[Scores], high: int | None) -> dict[torch.dtype, Counts]:
+    """How often the digits of `_digits` occur, by type."""
+    tables: dict[torch.dtype, Counts] = {}
+    for dtype, table in _each(scores, partial(_count, high)):
+        tables[dtype] = tables.get(dtype, 0) + table
+    return tables
+
+
+def _count(high: int | None, scores: Scores) -> tuple[torch.dtype, Counts]:
+    import torch
+
+    table, dtype = np.zeros(_BINS, np.int64), _wide()
+    for part in scores():
+        dtype = part.dtype if _narrow(part.dtype) else dtype
+        digits = torch.from_numpy(_digits(_keys(part), high))
+        negative = len(digits) > 0 and int(digits.min()) < 0  # of which torch counts none
+        counts = torch.bincount(digits.int() + _HALF if negative else digits).numpy()
+        first = 0 if negative else _HALF
+        table[first : first + len(counts)] += counts
+    return dtype, table
+
+
+def _digits(keys: Keys, high: int | None) -> Keys:
+    """Of keys of 16 bits they themselves; of others the high digit, or with `high` the low one,
+    from -32768 on, of those that have this high one."""
+    if keys.itemsize == 2:
+        return keys
+    if high is None:
+        return (keys >> 16).astype(np.int16)
+    low: Keys = (keys[keys >> 16 == high] & 0xFFFF) - _HALF
+    return low.astype(np.int16)
+
+
+def _digit(tables: Mapping[torch.dtype, Counts], high: int | None, zeros: int) -> tuple[int, int]:
+    """The digit, as `_digits` has it, of the `zeros`-th lowest score; how many have lower ones."""
+    total = np.zeros(_BINS, np.int64)
+    for dtype, table in tables.items():
+        if not _narrow(dtype):
+            total += table
+            continue
+        known = _as_wide(dtype)
+        of = np.flatnonzero(known >> 16 == high) if high is not None else slice(None)
+        digits = _digits(known, high).astype(np.int64) + _HALF
+        np.add.at(total, digits, table[of])
+    ends = total.cumsum()
+    index = int(np.searchsorted(ends, zeros))
+    return index - _HALF, int(ends[index] - total[index])
+
+
+def _equal(boundary: int, scores: Scores) -> int:
+    """How many scores equal the boundary."""
+    count = 0
+    for part in scores():
+        lowest, exact = _lowest_kept(boundary, part.dtype)
+        count += int(np.count_nonzero(_keys(part) == lowest)) if exact else 0
+    return count

@@ -1,0 +1,188 @@
+"""Fast selection on a CPU is what a stable sort gives, for all types, ties, signs and slices."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdcompress import bits, patterns, selection
+from sdcompress.patterns import UNSTRUCTURED, Pattern, grouped, keep_mask, violations
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def _short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "SLICE", 40)  # so that every tensor here is several slices
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int, coarse: bool) -> torch.Tensor:
+    """Normal numbers; coarse ones have many ties, among them -0.0 and +0.0."""
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (numbers.mul(2).round().div(2) if coarse else numbers).to(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from(FLOATS),
+    shape=st.sampled_from([(6, 16), (3, 48), (5, 8, 3, 3), (2, 16, 2, 1), (16,), (1, 4)]),
+    pattern=st.sampled_from([UNSTRUCTURED, Pattern(2, 4), Pattern(1, 4), Pattern(3, 4)]),
+    seed=st.integers(0, 2**31),
+    share=st.floats(0, 1),
+    coarse=st.booleans(),
+)
+def test_fast_is_plain(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    pattern: Pattern,
+    seed: int,
+    share: float,
+    coarse: bool,
+) -> None:
+    if len(shape) == 1:
+        pattern = UNSTRUCTURED
+    scores = draw(shape, dtype, seed, coarse)
+    zeros = int(share * scores.numel())
+    fast = keep_mask(scores, pattern, zeros, "tensor")
+    assert torch.equal(fast, patterns._keep_by_sorting(scores, pattern, zeros))
+
+
+@pytest.mark.parametrize("m", range(1, 17))
+def test_any_n_of_m_is_plain(m: int) -> None:
+    scores = draw((3, m * 3, 2, 2), torch.float16, m, coarse=True)
+    for n in range(1, m + 1):
+        plain = patterns._keep_by_sorting(scores, Pattern(n, m), 0)
+        assert torch.equal(keep_mask(scores, Pattern(n, m), 0, "tensor"), plain)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtypes=st.lists(st.sampled_from(FLOATS), min_size=1, max_size=4),
+    seed=st.integers(0, 2**31),
+    share=st.floats(0, 1),
+    coarse=st.booleans(),
+)
+def test_cuts_of_several_are_those_of_their_concatenation(
+    dtypes: list[torch.dtype], seed: int, share: float, coarse: bool
+) -> None:
+    parts = [draw((3, 30 + 9 * i), dtype, seed + i, coarse) for i, dtype in enumerate(dtypes)]
+    whole = torch.cat([part.float().reshape(-1) for part in parts])
+    zeros = int(share * len(whole))
+    cuts = selection.find_cuts([partial(bits.slices, part) for part in parts], zeros)
+    got = [m for cut, part in zip(cuts, parts, strict=True) for m in cut.keep(bits.slices(part))]
+    expected = np.ones(len(whole), bool)
+    expected[torch.argsort(whole, stable=True)[:zeros].numpy()] = False
+    assert np.concatenate(got).tolist() == expected.tolist()
+
+
+def test_infinities_are_the_lowest_and_the_highest() -> None:
+    scores = torch.tensor([[1.0, -float("inf"), 2.0, float("inf")]], dtype=torch.float16)
+    assert keep_mask(scores, UNSTRUCTURED, 1, "tensor").int().tolist() == [[1, 0, 1, 1]]
+    assert keep_mask(scores, UNSTRUCTURED, 3, "tensor").int().tolist() == [[0, 0, 0, 1]]
+
+
+def test_scores_are_left_as_they_are() -> None:
+    scores = torch.tensor([[-1.0, 2.0, -0.0, 3.0]])
+    keep_mask(scores, UNSTRUCTURED, 2, "tensor")
+    keep_mask(scores, Pattern(2, 4), 2, "tensor")
+    assert (
+        scores.view(torch.int32).tolist()
+        == torch.tensor([[-1, 2, -0.0, 3]]).view(torch.int32).tolist()
+    )
+
+
+def test_no_more_than_a_slice_of_scores_is_asked_for_at_a_time() -> None:
+    weight = torch.arange(400.0).reshape(20, 20)
+    alive, most = 0, 0
+
+    def scores() -> Iterator[torch.Tensor]:
+        nonlocal alive, most
+        for part in bits.slices(weight):
+            alive += part.numel()
+            most = max(most, alive)
+            yield part.abs()
+            alive -= part.numel()
+
+    (cut,) = selection.find_cuts([scores], 150)
+    assert sum(int(mask.sum()) for mask in cut.keep(scores())) == 250
+    assert most == 40
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from([(6, 16), (5, 8, 3, 3), (2, 32, 1, 1)]),
+    n=st.integers(1, 4),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**31),
+)
+def test_violations_are_counted_group_by_group(
+    shape: tuple[int, ...], n: int, dtype: torch.dtype, seed: int
+) -> None:
+    weight = draw(shape, dtype, seed, coarse=True)
+    pattern = Pattern(n, 4)
+    plain = int(((grouped(weight, pattern) != 0).sum(-1) > n).sum())
+    assert violations(weight, pattern) == plain
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_zeroed_is_plus_zero(dtype: torch.dtype) -> None:
+    weight = torch.tensor([-1.5, 2.5, -0.0, 3.5], dtype=dtype)
+    assert bits.is_zero(weight).tolist() == [False, False, True, False]
+    bits.zero_out(weight, np.array([False, True, False, True]))
+    assert weight.tolist() == [0.0, 2.5, 0.0, 3.5]
+    assert bits.bits(weight)[[0, 2]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_is_found_anywhere(dtype: torch.dtype) -> None:
+    tensor = torch.zeros(7, 13).to(dtype)
+    assert bits.all_finite(tensor)
+    for where in (0, 45, 90):
+        bad = tensor.float()
+        bad.view(-1)[where] = float("nan")
+        assert not bits.all_finite(bad.to(dtype))
+    assert bits.all_finite(torch.arange(9))
+    assert bits.all_finite(torch.zeros(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_infinity_is_found_with_either_sign(dtype: torch.dtype) -> None:
+    for sign in (1, -1):
+        tensor = torch.zeros(200, dtype=dtype)
+        tensor[150] = sign * float("inf")
+        assert not bits.all_finite(tensor)
+
+
+def test_slices_are_whole_rows_and_all_of_them() -> None:
+    tensor = torch.arange(6 * 15.0).reshape(6, 15)
+    parts = list(bits.slices(tensor))
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert torch.equal(torch.cat(parts), tensor)
+    assert [len(part) for part in bits.slices(torch.zeros(3, 100))] == [1, 1, 1]
+    assert [len(part) for part in bits.slices(torch.zeros(90))] == [40, 40, 10]
+    assert list(bits.slices(torch.zeros(0, 4))) == []
+
+
+def test_threads_of_torch_are_one_each_and_then_what_they_were() -> None:
+    before = torch.get_num_threads()
+    ready = threading.Barrier(2)
+
+    def job() -> int:
+        ready.wait(timeout=10)
+        return torch.get_num_threads()
+
+    assert list(bits.tensors_in_order([job, job], threads=2)) == [1, 1]
+    assert list(bits.tensors_in_order([torch.get_num_threads], threads=1)) == [before]
+    assert torch.get_num_threads() == before
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [before]
