@@ -26,7 +26,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompress.errors import SdcompressError
@@ -102,6 +101,8 @@ def compare(
         raise ValueError(f"{len(reference)} and {len(measured)} rounds cannot be compared in pairs")
     if min(*reference, *measured) <= 0:
         raise ValueError("ratios need figures greater than zero")
+    import numpy as np  # late: whoever only reads results needs none of it
+
     a, b = np.asarray(reference, float), np.asarray(measured, float)
     draws = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
     tail = (1 - confidence) / 2

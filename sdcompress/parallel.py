@@ -26,7 +26,7 @@ def in_order(
 ) -> Generator[T, None, None]:
     """The results of `jobs`, run by several threads, in order; each thread calls `prepare` first.
 
-    No more than `threads` + 1 results are in memory, the one that was given out last included.
+    No more than `threads` + 2 results are in memory, the one that was given out last included.
     Close it to leave early: what runs is waited for, what waits is not begun.
     """
     threads = threads or cores()

@@ -19,12 +19,12 @@ from sdcompress.patterns import UNSTRUCTURED, Select, keep_mask, keep_masks, par
 from sdcompress.plan import LayerPlan, SparsityPlan
 from sdcompress.recipe import Recipe
 from sdcompress.safetensors_io import read_finite
-from sdcompress.selection import Cut, find_cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sdcompress.calibrate import Statistics
+    from sdcompress.selection import Cut
 
 Loss = Callable[[str, str, "Tensor"], float]  # component, layer, weight → what it does to the model
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
@@ -64,6 +64,8 @@ class Decisions:
 
     def allocate(self) -> None:
         """Settle how many weights go in each layer. Comes before the first decision."""
+        from sdcompress.selection import find_cuts
+
         for component in self._plan.parameters:
             for group in self._groups(component):
                 if len(group.layers) == 1:

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from sdcompress.bits import is_zero, slices, tensors_in_order
 from sdcompress.bundle import FileRecord, TensorRecord
 from sdcompress.catalog import Catalog
@@ -94,6 +92,8 @@ def record_tensor(weight: Tensor, dtype: str, *, pruned: bool) -> TensorRecord:
     )
     if not pruned:
         return record
+    import numpy as np
+
     zeros, mask = 0, hashlib.sha256()
     for part in slices(weight.reshape(-1)):  # of whole bytes of the mask, but for the last one
         zero = is_zero(part)

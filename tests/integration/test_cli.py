@@ -13,7 +13,7 @@ import pytest
 from sdcompress import registry
 from sdcompress.commands import cli
 
-HEAVY = ("torch", "onnx", "onnxruntime", "diffusers", "transformers", "matplotlib")
+HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "diffusers", "transformers", "matplotlib")
 PROBE = """
 import sys
 sys.argv = ["sdcompress", *sys.argv[1:]]
