@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdcompress.bits import tensors_in_order
 from sdcompress.bundle import TensorRecord, to_json
 from sdcompress.catalog import Catalog, read_config, weights_or_index
 from sdcompress.errors import SdcompressError
 from sdcompress.models.checkpoint import encode_header
-from sdcompress.safetensors_io import raw_bytes, read_tensor
+from sdcompress.safetensors_io import TensorInfo, raw_bytes, read_tensor
 from sdcompress.structure import KEY, Block, Part, channels_of, cut
 
 if TYPE_CHECKING:
@@ -42,26 +45,33 @@ def write_narrow(
     (work / component).mkdir(parents=True)
     records: dict[str, TensorRecord] = {}
     total = 0
+
+    def make(info: TensorInfo) -> tuple[Tensor, TensorRecord]:
+        tensor = read_tensor(info)
+        if info.name in refitted:
+            tensor = refitted[info.name].to(tensor.dtype)
+        elif info.name in parts:
+            block, part = parts[info.name]
+            tensor = cut(tensor, part, stays[block], block.width)
+        if tuple(tensor.shape) != shapes.get(info.name, info.shape):
+            raise SdcompressError(
+                f"{component}/{info.name}: expected {shapes[info.name]}, made "
+                f"{tuple(tensor.shape)}; please report this"
+            )
+        return tensor, _record(tensor, info.dtype)
+
     for header in catalog.headers[component]:
         infos = header.tensors.values()
-        with (work / component / header.path.name).open("xb") as file:
+        with (
+            (work / component / header.path.name).open("xb") as file,
+            closing(tensors_in_order(partial(make, info) for info in infos)) as made,
+        ):
             file.write(encode_header((i.name, i.dtype, shapes.get(i.name, i.shape)) for i in infos))
-            for info in infos:
-                tensor = read_tensor(info)
-                if info.name in refitted:
-                    tensor = refitted[info.name].to(tensor.dtype)
-                elif info.name in parts:
-                    block, part = parts[info.name]
-                    tensor = cut(tensor, part, stays[block], block.width)
-                if tuple(tensor.shape) != shapes.get(info.name, info.shape):
-                    raise SdcompressError(
-                        f"{component}/{info.name}: expected {shapes[info.name]}, made "
-                        f"{tuple(tensor.shape)}; please report this"
-                    )
+            for info, (tensor, record) in zip(infos, made, strict=True):
                 data = raw_bytes(tensor)
                 file.write(data)
                 total += data.nbytes
-                records[info.name] = _record(tensor, info.dtype)
+                records[info.name] = record
                 progress(info.nbytes)
     widths = {block.name: len(stays[block]) for block in kept}
     config = read_config(source) | ({KEY: widths} if widths else {})
@@ -77,11 +87,16 @@ def records_of(
     catalog: Catalog, component: str, progress: Callable[[int], None]
 ) -> dict[str, TensorRecord]:
     """A record of each tensor of a component that stays as it is."""
+    infos = [i for header in catalog.headers[component] for i in header.tensors.values()]
+
+    def look(info: TensorInfo) -> TensorRecord:
+        return _record(read_tensor(info), info.dtype)
+
     records = {}
-    for header in catalog.headers[component]:
-        for info in header.tensors.values():
-            records[info.name] = _record(read_tensor(info), info.dtype)
-            progress(info.nbytes)
+    found = tensors_in_order(partial(look, info) for info in infos)
+    for info, record in zip(infos, found, strict=True):
+        records[info.name] = record
+        progress(info.nbytes)
     return records
 
 
