@@ -1,117 +1,172 @@
-"""Time and memory of plan, prune, export and verify on the exact size of Stable Diffusion 2.
+"""Time and memory of everything that does not run the network, at the size of the real model.
 
     python benchmarks/full_size/make_model.py MODEL
-    python benchmarks/full_size/measure.py MODEL --work DIR [--rounds 1] [--recipe sd2-2to4]
+    python benchmarks/full_size/measure.py MODEL --work DIR [--rounds 5] [--slow-rounds 1]
+        [--part prune export ...] [--no-peers] [--modelopt SITE]
 
-Every command is a cold process of its own, in turn with `cp` of the model's files, which is what
-anything that reads and writes the whole model cannot beat. Both are warm in the page cache and
-followed by `sync`. Peak memory is anonymous memory of the process tree; mapped files do not count.
-Writes `results.json` and `results.csv` beside this file.
+Every command, ours and the peers', is a cold process of its own, followed by `sync`, its input warm
+in the page cache; all of them once a round, in turn. Nothing else should run meanwhile. Writes
+results.json and results.csv beside this file and puts the table into README.md. A run that was
+stopped goes on where it was; to measure something anew, remove its folder from DIR/answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import shutil
-import statistics
-import subprocess
+import signal
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from export.bench import environment
+from benchmarks.full_size import report
+from benchmarks.full_size.cold import OK, run_cold, warm
+from benchmarks.full_size.contestants import PARTS, Contestant, Settings, contestants
+from export.bench import busy_cores
+from sdcompress import __version__
 from sdcompress.bundle import write_json
-from sdcompress.measure import PeakMemory
+from sdcompress.catalog import read_catalog
 
-CACHE = "cache"
-SDCOMPRESS = [sys.executable, "-c", "from sdcompress.commands import main; main()"]
-
-
-def commands(model: Path, work: Path, recipe: str) -> dict[str, tuple[list[str], list[Path]]]:
-    """Name → the command, and what is removed before each round.
-
-    The first export finds no traced graph in the cache, the second finds them all.
-    """
-    pruned, onnx, copy = work / "pruned", work / "onnx", work / "copy"
-    export = [*SDCOMPRESS, "export", str(pruned), "-o", str(onnx), "--json"]
-    return {
-        "cp": (["cp", "-r", str(model), str(copy)], [copy]),
-        "plan": ([*SDCOMPRESS, "plan", recipe, "--model", str(model), "--json"], []),
-        "prune": (
-            [*SDCOMPRESS, "prune", str(model), "--recipe", recipe, "-o", str(pruned), "--json"],
-            [pruned],
-        ),
-        "export": (export, [onnx, work / CACHE]),
-        "export, graph known": (export, [onnx]),
-        "verify": (
-            [*SDCOMPRESS, "verify", str(onnx), "--against", str(pruned), "--no-parity", "--json"],
-            [],
-        ),
-    }
+HERE = Path(__file__).parent
 
 
-def measure(command: list[str]) -> dict[str, float]:
-    """Run one command; seconds until it and a `sync` have ended, and peak bytes."""
-    os.sync()
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        with PeakMemory(process.pid, every=0.1) as memory:
-            code = process.wait()
-        os.sync()
-    seconds = time.perf_counter() - start
-    if code != 0:
-        raise SystemExit(f"{' '.join(command)}: exit code {code}")
-    return {"seconds": seconds, "peak_bytes": memory.peak}
-
-
-def main() -> None:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--recipe", default="sd2-2to4")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    args = parser.parse_args()
+    parser.add_argument("model", type=Path, help="a diffusers directory")
+    parser.add_argument("--work", type=Path, required=True, help="where answers and outputs go")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slow-rounds", type=int, default=1, help="of what takes minutes")
+    parser.add_argument("--no-peers", action="store_true", help="only ours, cp and the digests")
+    parser.add_argument("--modelopt", type=Path, help="the folder nvidia-modelopt is installed in")
+    defaults = Settings()
+    parser.add_argument(
+        "--limit-gb", type=float, default=defaults.limit_gb, help="of torch's global pruning"
+    )
+    parser.add_argument(
+        "--cut-off", type=float, default=defaults.cut_off, help="seconds, for polygraphy"
+    )
+    parser.add_argument("--peer-timeout", type=float, default=defaults.peer_timeout, help="seconds")
+    parser.add_argument("--out", type=Path, default=HERE, help="where results are written")
+    parser.add_argument("--report", action="store_true", help="measure nothing more")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.slow_rounds < 1:
+        parser.error("expected --rounds and --slow-rounds of at least 1")
+    return args
 
-    args.work.mkdir(parents=True, exist_ok=True)
-    rounds: dict[str, list[dict[str, float]]] = {}
-    os.environ["SDCOMPRESS_CACHE"] = str(args.work / CACHE)
-    for _ in range(args.rounds):
-        for name, (command, gone) in commands(args.model, args.work, args.recipe).items():
-            for path in gone:
-                shutil.rmtree(path, ignore_errors=True)
-            rounds.setdefault(name, []).append(measure(command))
-            print(name, json.dumps(rounds[name][-1]), flush=True)
-    copy = statistics.median(r["seconds"] for r in rounds["cp"])
-    rows = []
-    for name, series in rounds.items():
-        seconds = sorted(r["seconds"] for r in series)
-        median = statistics.median(seconds)
-        rows.append(
-            {
-                "command": name,
-                "median_s": round(median, 2),
-                "lowest_s": round(seconds[0], 2),
-                "highest_s": round(seconds[-1], 2),
-                "times_cp": round(median / copy, 2),
-                "peak_mb": round(max(r["peak_bytes"] for r in series) / 1e6),
-            }
-        )
-    with (args.out / "results.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    facts = {
-        "recipe": args.recipe,
-        "rounds": args.rounds,
-        "environment": environment().model_dump(mode="json"),
-        "commands": rows,
-    }
-    write_json(args.out / "results.json", facts)
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    work = args.work.resolve()
+    settings = Settings(
+        args.modelopt and args.modelopt.resolve(), args.limit_gb, args.cut_off, args.peer_timeout
+    )
+    everything = contestants(args.model.resolve(), work, settings)
+    if not args.report:
+        check_protocol(work, args.model)
+        chosen = [c for c in everything if c.part in args.part and not (args.no_peers and c.peer)]
+        for number in range(max(args.rounds, args.slow_rounds)):
+            for one in chosen:
+                wanted = args.slow_rounds if one.slow else args.rounds
+                if number < wanted and not answer_file(work, one, number).exists():
+                    measure(one, number, work, everything)
+    report.write(read_answers(work, everything), everything, parameters(work), args.out)
+    return 0
+
+
+def check_protocol(work: Path, model: Path) -> None:
+    """One folder holds the answers of one model and one version of ours."""
+    work.mkdir(parents=True, exist_ok=True)
+    counts = read_catalog(model).parameters
+    file, ours = work / "protocol.json", {"version": __version__, "parameters": counts}
+    if not file.exists():
+        write_json(file, ours)
+    if json.loads(file.read_text()) != ours:
+        sys.exit(f"{work}: holds answers of another model or version; choose another DIR")
+
+
+def parameters(work: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((work / "protocol.json").read_text())["parameters"]
+    return found
+
+
+def measure(one: Contestant, number: int, work: Path, everything: Sequence[Contestant]) -> None:
+    """Run it and keep the answer, unless it is one of ours and fails."""
+    for path in one.reads:
+        provide(path, work, everything)
+    warm(one.reads)
+    busy = busy_cores(0.3)
+    answer = {**run(one, work), "busy_cores": busy}
+    if not one.kept:
+        remove(one, work)
+    if answer["outcome"] != OK and not one.peer:
+        sys.exit(f"{one.name}: {answer['outcome']}")
+    file = answer_file(work, one, number)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, answer)
+    print(f"round {number + 1}: {one.name}: {report.in_a_line(answer)}", flush=True)
+
+
+def provide(path: Path, work: Path, everything: Sequence[Contestant]) -> None:
+    """Make what an earlier, stopped run or another part of the measurements has not left."""
+    makers = [c for c in everything if path in c.makes and c.kept]
+    if not makers or (path.exists() and mark(path, work).exists()):
+        return
+    maker = makers[-1]  # the fastest way is the last
+    for needed in maker.reads:
+        provide(needed, work, everything)
+    print(f"making {path.name}: {maker.name}", flush=True)
+    if (outcome := run(maker, work)["outcome"]) != OK:
+        sys.exit(f"{maker.name}: {outcome}")
+
+
+def run(one: Contestant, work: Path) -> dict[str, Any]:
+    remove(one, work)
+    answer = run_cold(one.command, environment=one.environment, timeout=one.timeout)
+    if answer["outcome"] == OK:
+        for path in one.makes:
+            mark(path, work).touch()
+    return answer
+
+
+def remove(one: Contestant, work: Path) -> None:
+    for path in one.makes:
+        mark(path, work).unlink(missing_ok=True)
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def mark(path: Path, work: Path) -> Path:
+    """Says that a path is complete, which a killed process leaves open."""
+    return work / f".{path.name}.complete"
+
+
+def answer_file(work: Path, one: Contestant, number: int) -> Path:
+    return work / "answers" / one.name / f"{number:02}.json"
+
+
+def read_answers(work: Path, everything: Sequence[Contestant]) -> dict[str, list[dict[str, Any]]]:
+    """By contestant, what has been measured so far."""
+    found = {}
+    for one in everything:
+        files = sorted((work / "answers" / one.name).glob("*.json"))
+        if files:
+            found[one.name] = [json.loads(file.read_text()) for file in files]
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or what is measured would live on
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
