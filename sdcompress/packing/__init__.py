@@ -21,7 +21,8 @@ nothing.
 
 A pack may come from anybody. Before a file is written every name is found to stay inside the
 bundle, every size to be one that the stored bytes can hold (at most 1024 raw bytes to a stored one,
-chunks of at most 8 MiB) and to agree with the manifest, and the disk to have room.
+chunks of at most 8 MiB) and to agree with the manifest, and the disk to have room. Index and
+manifest may hold 2^18 values each, so that reading them takes no more than memory for these.
 """
 
 from sdcompress.packing.reader import Pack, read_tensor, unpack

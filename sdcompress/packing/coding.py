@@ -32,6 +32,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ def encode_numbers(data: bytes, width: int, strides: Iterable[int] = (1,)) -> En
         kind, positions = _ungrouped(nonzero, count)
         entropy = len(words) * _binary_entropy(count / len(words))
     values = words if nonzero.all() else np.compress(nonzero, words)
-    planes = [np.ascontiguousarray(p) for p in values.view(np.uint8).reshape(-1, width).T]
+    planes = _to_planes(values)
     streams = [_deflate(s.data, None) for s in (positions, *planes)]
     payload = _join(kind, width, stride, streams, len(data))
     if len(payload) > len(data):  # noise, or so few numbers that the lengths weigh more
@@ -122,14 +123,29 @@ def decode(payload: bytes, nbytes: int) -> Bytes:
     else:
         keep = _from_gaps(_inflate(streams[0], n, exact=False), n, kind == VALUE_GAPS)
     count = int(np.count_nonzero(keep))
-    planes = np.empty((count, width), np.uint8)
-    for i, stream in enumerate(streams[1:]):
-        planes[:, i] = _inflate(stream, count)
-    values = words = planes.reshape(-1).view(_TYPES[width])
+    values = words = _from_planes([_inflate(stream, count) for stream in streams[1:]])
     if count < n:
         words = np.zeros(n, values.dtype)
         words[np.flatnonzero(keep)] = values
     return words.view(np.uint8)
+
+
+# Byte planes
+
+
+def _to_planes(words: Words) -> list[Bytes]:
+    """The first (low) bytes of the numbers, their second bytes and so on."""
+    return [(words >> 8 * i).astype(np.uint8) for i in range(words.itemsize)]
+
+
+def _from_planes(planes: Sequence[Bytes]) -> Words:
+    """The numbers whose bytes are in `planes`, the low ones first."""
+    *lower, top = planes
+    words = top.astype(_TYPES[len(planes)])
+    for plane in reversed(lower):  # shifted and added, which is faster than writing every nth byte
+        words <<= 8
+        words |= plane
+    return words
 
 
 # Frames and streams
@@ -235,6 +251,10 @@ _RANKS = np.array(
     [next((i for i, p in enumerate(_PLACES) if p & b == b), _NONE) for b in range(16)], np.uint8
 )
 _DIGITS, _BITS = 17, 44  # 6^17 < 2^44
+# 17 = 1 + 4 · 4: all but the first are looked up in fours.
+_FOUND = np.dtype([("first", np.uint8), ("others", "<u4", 4)])
+_FOURTH = np.uint64(6**4)
+_PLACES_OF_FOUR = np.array(list(product(_PLACES, repeat=4)), np.uint8).view("<u4").reshape(-1)
 
 
 def _two_of_four(
@@ -258,19 +278,19 @@ def _two_of_four(
 
 
 def _to_ranks(mask: Mask, stride: int) -> Bytes:
-    blocks = mask.view(np.uint8).reshape(-1, 4, stride)
-    places = blocks[:, 0].copy()
-    for place in (1, 2, 3):
-        places |= blocks[:, place] << place
-    return _RANKS.take(places.reshape(-1))
+    blocks = mask.view(f"V{stride}").reshape(-1, 4)
+    first, *others = (column.copy().view(np.uint8) for column in blocks.T)
+    for place, column in enumerate(others, 1):
+        first |= column << place
+    return _RANKS.take(first)
 
 
 def _from_places(places: Bytes, stride: int) -> Mask:
     """The two places of each group of four, as bits → the mask of the numbers."""
-    groups = places.reshape(-1, stride)
-    blocks = np.empty((len(groups), 4, stride), np.uint8)
+    rows = places.view(f"V{stride}")  # moved as a whole: byte by byte takes twice as long
+    blocks = np.empty((len(rows), 4), rows.dtype)
     for place in range(4):
-        blocks[:, place] = groups >> place & 1
+        blocks[:, place] = (places >> place & 1).view(rows.dtype)
     return blocks.reshape(-1).view(np.bool_)
 
 
@@ -302,12 +322,13 @@ def _unpack_places(data: Bytes, count: int) -> Bytes:
     numbers[1::2] = low >> np.uint64(_BITS) | high << np.uint64(64 - _BITS)
     if len(numbers) and numbers.max() >= 6**_DIGITS:
         raise CodingError("a group has no pattern")
-    ranks = np.empty((_DIGITS, len(numbers)), np.uint8)
-    for i in reversed(range(_DIGITS)):
-        rest = numbers // np.uint64(6)
-        ranks[i] = numbers - rest * np.uint64(6)
+    found = np.empty(len(numbers), _FOUND)
+    for i in reversed(range(4)):
+        rest = numbers // _FOURTH
+        found["others"][:, i] = _PLACES_OF_FOUR.take((numbers - rest * _FOURTH).view(np.int64))
         numbers = rest
-    return _PLACES.take(np.ascontiguousarray(ranks.T).reshape(-1)[:count])
+    found["first"] = _PLACES.take(numbers.view(np.int64))
+    return found.view(np.uint8)[:count]
 
 
 # Entropy
@@ -319,6 +340,9 @@ def _binary_entropy(p: float) -> float:
 
 def _entropy(plane: Bytes) -> float:
     """Bits of all its bytes together, from how often each value occurs."""
-    counts = np.bincount(plane, minlength=256)
+    # Counted two at a time, which takes two thirds of the time.
+    pairs = np.bincount(plane[: len(plane) // 2 * 2].view("<u2"), minlength=1 << 16)
+    counts = pairs.reshape(256, 256).sum(0) + pairs.reshape(256, 256).sum(1)
+    counts += np.bincount(plane[len(plane) // 2 * 2 :], minlength=256)
     counts = counts[counts > 0]
     return float((counts * np.log2(len(plane) / counts)).sum())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,10 @@ from sdcompress.errors import InputError, VerificationError
 from sdcompress.packing.coding import Bytes, CodingError, decode
 from sdcompress.packing.index import (
     MAX_MANIFEST,
+    MAX_VALUES,
     Index,
-    PackedFile,
     Part,
+    crowded,
     damaged,
     read_index,
 )
@@ -80,6 +82,8 @@ class Pack:
         raw = b"".join(job().tobytes() for part in first.parts for job in self.jobs(part))
         if hashlib.sha256(raw).hexdigest() != self.index.bundle:
             raise self._differs(MANIFEST)
+        if crowded(raw):
+            raise damaged(self.path, f"its manifest holds more than {MAX_VALUES} values")
         try:
             manifest = Manifest.model_validate_json(raw)
         except ValidationError as e:
@@ -149,38 +153,20 @@ class Pack:
             )
         (work / MANIFEST).write_bytes(raw)
         files = self.index.files[1:]
-        with closing(in_order(self._written(work, files), threads)) as chunks:
+        jobs = (job for file in files for part in file.parts for job in self.jobs(part))
+        with closing(in_order(jobs, threads)) as chunks:
             for file in files:
-                digest = hashlib.sha256()
-                for _ in (stored for part in file.parts for stored in part.stored):
-                    chunk = next(chunks)
-                    digest.update(chunk.data)
-                    if progress:
-                        progress(file.name, len(chunk))
+                target, digest = work / file.name, hashlib.sha256()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # One thread writes: two that write the same file spend their time waiting.
+                with target.open("xb") as out:
+                    for chunk in islice(chunks, sum(len(part.stored) for part in file.parts)):
+                        digest.update(chunk.data)
+                        out.write(chunk.data)
+                        if progress:
+                            progress(file.name, len(chunk))
                 if digest.hexdigest() != manifest.files[file.name].sha256:
                     raise self._differs(file.name)
-            assert next(chunks, None) is None  # and files without a chunk have been made
-
-    def _written(self, work: Path, files: Iterable[PackedFile]) -> Iterator[Callable[[], Bytes]]:
-        """What decodes each chunk and writes it to its place; writing takes as long, so threads do
-        both."""
-        for file in files:
-            target = work / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.touch(exist_ok=False)
-            begin = 0
-            for part in file.parts:
-                for i, job in enumerate(self.jobs(part)):
-                    yield partial(_write, target, begin + i * part.step, job)
-                begin += part.size
-
-
-def _write(target: Path, begin: int, job: Callable[[], Bytes]) -> Bytes:
-    chunk = job()
-    with target.open("r+b") as out:
-        out.seek(begin)
-        out.write(chunk.data)
-    return chunk
 
 
 def unpack(

@@ -29,6 +29,7 @@ from sdcompress.packing.index import (
     PackedTensor,
     Part,
     check_names,
+    crowded,
     write_index,
 )
 from sdcompress.parallel import in_order
@@ -207,10 +208,10 @@ def _manifest_bytes(bundle: Bundle) -> bytes:
         raw = (bundle.path / MANIFEST).read_bytes()
     if hashlib.sha256(raw).hexdigest() != bundle.digest:
         raise _changed(bundle, MANIFEST)
-    if len(raw) > MAX_MANIFEST:
+    if len(raw) > MAX_MANIFEST or crowded(raw):
         raise InputError(
-            f"{bundle.path}: its manifest takes {len(raw)} bytes, {MAX_MANIFEST} is the limit of a "
-            "pack; pack its components apart"
+            f"{bundle.path}: its manifest takes {len(raw)} bytes, more than a pack may hold; pack "
+            "its components apart"
         )
     return raw
 

@@ -25,6 +25,7 @@ from sdcompress.measure import Comparison
 from sdcompress.plan import Accounting, LayerPlan, SparsityPlan, account
 from sdcompress.prune import notes
 from sdcompress.report import charts
+from sdcompress.report.packs import DENSE, read_packs
 from sdcompress.results import Check, Measure, Results
 from sdcompress.structure import ComponentStructure, Kind, read_record
 
@@ -172,6 +173,8 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         quality=quality,
         limits_apart=builds["dense"].limits_apart(builds["sparse"])[0] if len(builds) == 2 else [],
         not_measured=not_measured(run),
+        packs=read_packs(run),
+        dense_weights=DENSE,
         bundle=bundle,
         same=SAME,
         enough_rounds=ENOUGH_ROUNDS,

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +24,8 @@ from safetensors.torch import save_file
 from sdcompress.bundle import MANIFEST, Bundle, FileRecord, Manifest, SourceRecord, seal
 from sdcompress.errors import InputError, SdcompressError, VerificationError
 from sdcompress.packing import Pack, pack, read_tensor, unpack
-from sdcompress.packing.coding import GROUPS, encode_plain
-from sdcompress.packing.index import HEADER, TRAILER, _digest, check_names
+from sdcompress.packing.coding import GROUPS, encode_numbers, encode_plain
+from sdcompress.packing.index import HEADER, MAX_VALUES, TRAILER, _digest, check_names
 from sdcompress.safetensors_io import raw_bytes
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -493,6 +494,44 @@ def test_an_index_bomb_is_not_unfolded(tmp_path: Path) -> None:
         _refuse(data, tmp_path, match, kind=InputError)
 
 
+@pytest.mark.parametrize("value", ["{}", "[]", "0", '""', '{"parts":[]}'])
+def test_a_short_index_cannot_claim_millions_of_objects(value: str, tmp_path: Path) -> None:
+    head = HEADER.pack(b"\x89SDZ\r\n\x1a\n", 1)
+    noise = np.random.default_rng(0).bytes(5000).hex()  # or the index were denser than one may be
+    raw = f'{{"bundle":"{noise}","files":[{f"{value}," * MAX_VALUES}0]}}'.encode()
+    stored = zstandard.ZstdCompressor().compress(raw)
+    digest = _digest(head, stored, len(raw))
+    data = head + stored + TRAILER.pack(len(stored), len(raw), digest, head[:8])
+    tracemalloc.start()
+    try:
+        _refuse(data, tmp_path, "its index holds more than 262144 values", kind=InputError)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(raw)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_manifest_of_millions_of_objects_is_not_read(tmp_path: Path) -> None:
+    raw = b'{"files":{' + b'"a":{},' * MAX_VALUES + b'"b":{}}}'
+    payload = encode_plain(raw).payload
+    chunks = HEADER.pack(b"\x89SDZ\r\n\x1a\n", 1)
+    part = {"size": len(raw), "step": 8 << 20, "offset": len(chunks), "stored": [len(payload)]}
+    files = [{"name": MANIFEST, "parts": [part]}]
+    index = {"bundle": hashlib.sha256(raw).hexdigest(), "files": files}
+    _refuse(_sealed(chunks + payload, index), tmp_path, "manifest holds more than 262144 values")
+
+
+def test_what_no_reader_takes_is_not_packed(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdcompress.packing.index.MAX_VALUES", 90)
+    with pytest.raises(InputError, match="more than any reader takes"):
+        pack(bundle, tmp_path / "m.sdz")
+    monkeypatch.setattr("sdcompress.packing.index.MAX_VALUES", 9)
+    with pytest.raises(InputError, match="its manifest takes .* more than a pack may hold"):
+        pack(bundle, tmp_path / "m.sdz")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_pack_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         unpack(tmp_path / "no.sdz", tmp_path / "u")
@@ -578,6 +617,56 @@ def test_edited_indexes(
             elif isinstance(container, list):
                 container.insert(key, container[key])
     _unpack_or_refuse(_sealed(chunks, index), tmp_path, original)
+
+
+def _put(chunks: bytes, index: dict[str, Any], at: tuple[int, int], payload: bytes) -> bytes:
+    """The pack with another first chunk in one part, every offset and length right again."""
+    file, part = at
+    target = index["files"][file]["parts"][part]
+    begin, old = target["offset"], target["stored"][0]
+    target["stored"][0] = len(payload)
+    for other in (p for f in index["files"] for p in f["parts"] if p["offset"] > begin):
+        other["offset"] += len(payload) - old
+    return _sealed(chunks[:begin] + payload + chunks[begin + old :], index)
+
+
+@fuzzed
+@given(data=st.data())
+def test_chunks_that_are_well_packed_and_not_the_bundles(
+    packed: Path, original: dict[str, bytes], tmp_path: Path, data: st.DataObject
+) -> None:
+    """The index is right about them: only what they say and unfold to finds them out."""
+    chunks, index = _index(packed.read_bytes())
+    places = [
+        (i, j)
+        for i, file in enumerate(index["files"])
+        for j, part in enumerate(file["parts"])
+        if part["stored"]
+    ]
+    at = data.draw(st.sampled_from(places))
+    part = index["files"][at[0]]["parts"][at[1]]
+    old = chunks[part["offset"] : part["offset"] + part["stored"][0]]
+    size = min(part["size"], part["step"])
+    kind = data.draw(st.sampled_from(["numbers", "plain", "spliced", "edited", "junk"]))
+    if kind in ("numbers", "plain"):
+        raw = data.draw(st.binary(min_size=1, max_size=16))
+        raw = (raw * size)[:size]
+        width = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if size % w == 0]))
+        new = encode_plain(raw) if kind == "plain" else encode_numbers(raw, width)
+        payload = new.payload
+    elif kind == "spliced":
+        other = index["files"][(at2 := data.draw(st.sampled_from(places)))[0]]["parts"][at2[1]]
+        payload = chunks[other["offset"] : other["offset"] + other["stored"][0]]
+    elif kind == "edited":
+        edited = bytearray(old)
+        for _ in range(data.draw(st.integers(1, 3))):  # kinds and lengths come first
+            edited[data.draw(st.integers(0, min(len(edited), 24) - 1))] = data.draw(
+                st.integers(0, 255)
+            )
+        payload = bytes(edited)
+    else:
+        payload = data.draw(st.binary(min_size=1, max_size=99))
+    _unpack_or_refuse(_put(chunks, index, at, payload), tmp_path, original)
 
 
 def test_smaller_than_general_compressors(tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sdcompress.bundle import Bundle, Manifest, SourceRecord, seal
 from sdcompress.commands import cli
 from sdcompress.errors import InputError
+from sdcompress.packing import pack
 from sdcompress.report import charts, picture_quality, write_report
+from sdcompress.report.packs import read_packs
 from sdcompress.report.page import Pair, amount, headline, percent, read_pairs, size, verdict
 from sdcompress.results import Check, DeviceMemory
 from tests.sample_run import (
@@ -417,6 +421,53 @@ def test_figures_go_before_the_log(tmp_path: Path) -> None:
     assert "No pictures were made" in page
     assert "(there is no &lt;GPU&gt;)" in page
     assert "makes it" not in page
+
+
+def test_what_the_packs_of_a_run_take(tiny_source: Bundle, pruned: Bundle, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pruned.path, run / "pruned")
+    assert "sdcompress pack pruned -o pruned.sdz" in write_report(run).read_text()
+    sizes = pack(pruned, run / "light.sdz")
+    page = write_report(run).read_text()
+    assert "Pruned weights <small><code>light.sdz" in page
+    assert "sdcompress pack MODEL -o dense.sdz" in page
+    assert f'<td class="n">{size(sizes.packed_bytes)}</td>' in page
+    unet = next(f for f in sizes.files if f.file.startswith("unet/"))
+    file = pruned.manifest.files[unet.file].size
+    (light,) = read_packs(run)
+    original, packed = light.weights[unet.file]
+    assert original == file
+    assert unet.packed_bytes < packed < unet.packed_bytes + 10_000  # and the file's header
+    assert f"UNet {size(packed)} of {size(file)}" in page
+
+    dense = pack(tiny_source, run / "dense.sdz")
+    of_another = _bundle_of_text(tmp_path / "other")
+    pack(of_another, run / "other.sdz")
+    found = {p.file: (p.what, p.original, p.packed) for p in read_packs(run)}
+    assert found == {
+        "dense.sdz": ("Dense weights", dense.original_bytes, dense.packed_bytes),
+        "light.sdz": ("Pruned weights", sizes.original_bytes, sizes.packed_bytes),
+        "other.sdz": (None, found["other.sdz"][1], (run / "other.sdz").stat().st_size),
+    }
+    assert sizes.packed_bytes < dense.packed_bytes
+    page = write_report(run).read_text()
+    assert "pack MODEL" not in page
+    assert "Not of this run, engine <small><code>other.sdz" in page
+
+
+def _bundle_of_text(folder: Path) -> Bundle:
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    source = SourceRecord(id="other", kind="directory")
+    seal(folder, Manifest(stage="engine", parent=None, source=source, tools={}))
+    return Bundle.open(folder)
+
+
+def test_a_damaged_pack_in_a_run_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "light.sdz").write_bytes(b"no pack")
+    with pytest.raises(InputError, match=r"light\.sdz: expected a file made by"):
+        write_report(run)
 
 
 def test_results_given_go_before_those_of_the_directory(tmp_path: Path) -> None:
