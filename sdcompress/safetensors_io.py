@@ -8,7 +8,6 @@ writer that streams, so that pruning a model costs about as much memory as its l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sdcompress.bits import all_finite
 from sdcompress.errors import InputError
+from sdcompress.hashed_file import HashedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,37 +175,21 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # stub's gap
 
 
-class StreamWriter:
+class StreamWriter(HashedFile):
     """Writes a file with the same tensors, types, shapes and order as `like`, one at a time.
 
-    Folders on the way to it are made. `size` (bytes) and `sha256` are of what has been written.
+    Folders on the way to it are made.
     """
 
     def __init__(self, path: Path, like: Header) -> None:
         self._todo: Iterator[TensorInfo] = iter(like.tensors.values())
-        self._digest, self.size = hashlib.sha256(), 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("xb")
+        super().__init__(path)
         with like.path.open("rb") as f:  # the header stays byte for byte what it was
-            self._write(f.read(like.data_start))
+            self.write(f.read(like.data_start))
 
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def write(self, info: TensorInfo, data: memoryview) -> None:
+    def write_tensor(self, info: TensorInfo, data: memoryview) -> None:
         expected = next(self._todo)
         if expected.name != info.name or data.nbytes != expected.nbytes:
             raise ValueError(f"expected {expected.name} of {expected.nbytes} bytes next")
-        self._write(data)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.size += len(data)
-
-    def __enter__(self) -> StreamWriter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        self.write(data)

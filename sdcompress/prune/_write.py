@@ -64,7 +64,7 @@ def write_pruned(
                     for info in header.tensors.values():
                         weight, record = next(made)
                         if writer:
-                            writer.write(info, raw_bytes(weight))
+                            writer.write_tensor(info, raw_bytes(weight))
                         tensors[component][info.name] = record
                         if record.zeros is not None:  # those the model brought along, too
                             share = record.zeros / info.numel

@@ -14,6 +14,7 @@ from sdcompress.bits import tensors_in_order
 from sdcompress.bundle import TensorRecord, to_json
 from sdcompress.catalog import Catalog, read_config, weights_or_index
 from sdcompress.errors import SdcompressError
+from sdcompress.hashed_file import HashedFile
 from sdcompress.models.checkpoint import encode_header
 from sdcompress.safetensors_io import TensorInfo, raw_bytes, read_tensor
 from sdcompress.structure import KEY, Block, Part, channels_of, cut
@@ -63,7 +64,7 @@ def write_narrow(
     for header in catalog.headers[component]:
         infos = header.tensors.values()
         with (
-            (work / component / header.path.name).open("xb") as file,
+            HashedFile(work / component / header.path.name) as file,
             closing(tensors_in_order(partial(make, info) for info in infos)) as made,
         ):
             file.write(encode_header((i.name, i.dtype, shapes.get(i.name, i.shape)) for i in infos))

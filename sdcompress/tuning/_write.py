@@ -116,7 +116,7 @@ def _write_file(
                 value = _cast(exact, value, info)
                 if pruned and (lost := int(((value == 0) & (exact != 0)).sum())):
                     underflow[info.name] = lost
-            writer.write(info, raw_bytes(value))
+            writer.write_tensor(info, raw_bytes(value))
             records[info.name] = record_tensor(value, info.dtype, pruned=pruned)
     return underflow
 

@@ -93,7 +93,7 @@ def test_a_stream_keeps_types_order_metadata_and_bytes(tmp_path: Path) -> None:
         for info in header.tensors.values():
             tensor = read_tensor(info)
             assert torch.equal(tensor, tensors[info.name])
-            writer.write(info, raw_bytes(tensor))
+            writer.write_tensor(info, raw_bytes(tensor))
     assert target.read_bytes() == source.read_bytes()
     assert load_file(target).keys() == tensors.keys()
 
@@ -106,4 +106,4 @@ def test_a_stream_refuses_the_wrong_order(tmp_path: Path) -> None:
         StreamWriter(tmp_path / "b.safetensors", header) as writer,
         pytest.raises(ValueError, match="expected"),
     ):
-        writer.write(header.tensors["b"], raw_bytes(torch.ones(3)))
+        writer.write_tensor(header.tensors["b"], raw_bytes(torch.ones(3)))
