@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +21,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SLICE = 1 << 17  # numbers: so few that they stay in the cache, so many that calls cost little
+GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
 
 
 def tensors_in_order(
-    jobs: Iterable[Callable[[], T]], threads: int | None = None
+    jobs: Iterable[Callable[[], T]],
+    threads: int | None = None,
+    sizes: Iterable[int] | None = None,
 ) -> Generator[T, None, None]:
     """`parallel.in_order` for work on tensors: several threads have one core each, and torch starts
-    no more of its own in them; a single one has them all."""
+    no more of its own in them; a single one has them all.
+
+    With the `sizes` of the tensors in bytes, small ones are done together: one by one, threads
+    would wait for each other longer than they work. Close it to leave early.
+    """
     import torch
 
+    groups = _grouped(jobs, sizes) if sizes is not None else ([job] for job in jobs)
     before = torch.get_num_threads()
-    if threads == 1:
-        yield from in_order(jobs, threads)
-        return
+    prepare = (lambda: None) if threads == 1 else partial(torch.set_num_threads, 1)
     try:
-        yield from in_order(jobs, threads, partial(torch.set_num_threads, 1))
+        with closing(in_order((partial(_each, g) for g in groups), threads, prepare)) as done:
+            for results in done:
+                yield from results
     finally:
-        torch.set_num_threads(before)  # for threads to come; it was set in those alone that ended
+        if threads != 1:  # for threads to come; it was set in those alone that ended
+            torch.set_num_threads(before)
+
+
+def _each(jobs: list[Callable[[], T]]) -> list[T]:
+    return [job() for job in jobs]
+
+
+def _grouped(
+    jobs: Iterable[Callable[[], T]], sizes: Iterable[int]
+) -> Iterator[list[Callable[[], T]]]:
+    group: list[Callable[[], T]] = []
+    held = 0
+    for job, size in zip(jobs, sizes, strict=True):
+        group.append(job)
+        held += size
+        if held >= GROUP:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def slices(tensor: Tensor) -> Iterator[Tensor]:

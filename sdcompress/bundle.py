@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sdcompress import __version__
 from sdcompress.catalog import model_files
 from sdcompress.errors import InputError, VerificationError
-from sdcompress.parallel import in_order
+from sdcompress.parallel import in_order, leaving
 from sdcompress.plan import SparsityPlan
 
 MANIFEST = "manifest.json"
@@ -261,6 +261,8 @@ def _file_digest(f: Any) -> str:
     buffer = memoryview(bytearray(1 << 20))
     while n := f.readinto(buffer):
         digest.update(buffer[:n])
+        if leaving():
+            raise InterruptedError
     return digest.hexdigest()
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 H = TypeVar("H", bound="HashedFile")
+# Bytes at once: they are still in the cache when they are hashed, and the kernel, given several
+# megabytes, takes up to ten times as long, since it looks for as much memory in one piece.
+_SLICE = 1 << 20
 _WRITE_OUT = 1 << 26  # bytes
 _SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h
 
@@ -29,10 +32,11 @@ class HashedFile:
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
-        self._digest.update(rest)
-        self.size += rest.nbytes
         while rest:
-            rest = rest[self._file.write(rest) :]  # 2 GB at most in one call of the system
+            done = self._file.write(rest[:_SLICE])
+            self._digest.update(rest[:done])
+            self.size += done
+            rest = rest[done:]
         if self.size - self._begun >= _WRITE_OUT:
             self._begin_writing_out()
 

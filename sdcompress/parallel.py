@@ -1,22 +1,40 @@
-"""Work on many tensors by several threads, with the results in order.
+"""Work on many tensors or files by several threads, with the results in order.
 
 Reading, hashing and the loops of numpy and torch leave the interpreter's lock, so that threads do.
+Whoever is interrupted has to wait for the jobs that run: long ones ask `leaving` now and then.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+MOST = 8  # threads: each holds a tensor, and more of them than this wait for the memory
+_here = threading.local()  # `leaving`: of the thread's own jobs
+_limit = MOST
+
+
+def limit(threads: int) -> None:
+    """Have this process use no more than so many threads, because others work beside it."""
+    global _limit  # a fact about the process
+    _limit = max(1, min(threads, MOST))
 
 
 def cores() -> int:
-    """How many threads are of use: the processors this process may run on, at most 8."""
-    return min(len(os.sched_getaffinity(0)), 8)
+    """How many threads are of use: the processors this process may run on, up to its limit."""
+    return min(len(os.sched_getaffinity(0)), _limit)
+
+
+def leaving() -> bool:
+    """Whether whoever asked for the job at hand has given up waiting for it."""
+    asked: Callable[[], bool] = getattr(_here, "leaving", bool)
+    return asked()
 
 
 def in_order(
@@ -27,10 +45,10 @@ def in_order(
     """The results of `jobs`, run by several threads, in order; each thread calls `prepare` first.
 
     No more than `threads` + 2 results are in memory, the one that was given out last included.
-    Close it to leave early: what runs is waited for, what waits is not begun.
+    Close it to leave early: what runs is told and waited for, what waits is not begun.
     """
     threads = threads or cores()
-    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
+    with _pool(threads, prepare) as pool:
         running: deque[Future[T]] = deque()
         try:
             for job in jobs:
@@ -42,3 +60,27 @@ def in_order(
         finally:
             for future in running:
                 future.cancel()
+
+
+@contextmanager
+def beside(job: Callable[[], T]) -> Iterator[Future[T]]:
+    """One job in a thread of its own, while the block does something else."""
+    with _pool(1, lambda: None) as pool:
+        yield pool.submit(job)
+
+
+@contextmanager
+def _pool(threads: int, prepare: Callable[[], None]) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose jobs are `leaving` when the block fails, or when the job it is part of is."""
+    over, outer = threading.Event(), getattr(_here, "leaving", bool)
+
+    def enter() -> None:
+        _here.leaving = lambda: over.is_set() or outer()
+        prepare()
+
+    with ThreadPoolExecutor(threads, initializer=enter) as pool:
+        try:
+            yield pool
+        except BaseException:  # an interruption, too, and a generator that is closed
+            over.set()
+            raise

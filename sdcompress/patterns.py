@@ -243,9 +243,17 @@ class Select:
 
 
 def violations(weight: Tensor, pattern: Pattern) -> int:
-    """How many groups of M along the reduction axis hold more than N non-zero weights."""
+    """How many groups of M along the reduction axis hold more than N non-zero weights.
+
+    Raises:
+        ValueError: M does not divide that axis.
+    """
     from sdcompress.selection import groups_above
 
     if pattern.n is None or pattern.m is None:
         return 0
+    if why_not := fits(pattern, tuple(weight.shape)):
+        raise ValueError(why_not)
+    if weight.device.type != "cpu":
+        return int((grouped(weight != 0, pattern).sum(-1) > pattern.n).sum())
     return sum(groups_above(part, pattern.n, pattern.m) for part in slices(weight))

@@ -7,6 +7,7 @@ threshold. That one is found by walking over all scores anew: nothing but a laye
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,9 @@ def _counts(layers: Sequence[LayerPlan], total: int, evidence: Evidence) -> dict
 
     scores = [partial(evidence.scores, layer) for layer in layers]
     cuts = find_cuts(scores, total)
-    kept = tensors_in_order(partial(_kept, cut, one) for cut, one in zip(cuts, scores, strict=True))
-    return {layer.name: layer.numel - n for layer, n in zip(layers, kept, strict=True)}
+    jobs = (partial(_kept, cut, one) for cut, one in zip(cuts, scores, strict=True))
+    with closing(tensors_in_order(jobs)) as kept:
+        return {layer.name: layer.numel - n for layer, n in zip(layers, kept, strict=True)}
 
 
 def _kept(cut: Cut, scores: Scores) -> int:

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -129,11 +128,12 @@ def open_model(model: str, **how: Any) -> Bundle:
 def _while_torch_loads(work: Callable[[], T]) -> T:
     """What `work` gives. Whoever opens a model needs torch, whose import takes one core as long as
     a large model takes to be hashed."""
-    with ThreadPoolExecutor(1) as beside:
-        result = beside.submit(work)
+    from sdcompress.parallel import beside
+
+    with beside(work) as done:
         import torch  # noqa: F401
 
-        return result.result()
+        return done.result()
 
 
 def console() -> Console:

@@ -94,10 +94,10 @@ def records_of(
         return _record(read_tensor(info), info.dtype)
 
     records = {}
-    found = tensors_in_order(partial(look, info) for info in infos)
-    for info, record in zip(infos, found, strict=True):
-        records[info.name] = record
-        progress(info.nbytes)
+    with closing(tensors_in_order(partial(look, info) for info in infos)) as found:
+        for info, record in zip(infos, found, strict=True):
+            records[info.name] = record
+            progress(info.nbytes)
     return records
 
 

@@ -15,6 +15,7 @@ from sdcompress.bundle import Bundle, locked, sha256_file, staging
 from sdcompress.errors import InputError, UsageError
 from sdcompress.evaluation.pictures import dense_pictures
 from sdcompress.evaluation.quality import QualitySettings
+from sdcompress.parallel import limit
 from sdcompress.recipe import Recipe
 from sdcompress.sweep.points import PointResult, failed_point, point_digest, try_point
 
@@ -110,6 +111,7 @@ def measure(
     import torch
 
     torch.set_num_threads(threads)
+    limit(threads)
     dense, work = place.dense, place.work
     if not _visible(place):
         if sent is None:

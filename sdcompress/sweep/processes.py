@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sdcompress.bundle import Bundle
 from sdcompress.evaluation.quality import QualitySettings
+from sdcompress.parallel import limit
 from sdcompress.recipe import Recipe
 from sdcompress.sweep.points import PointResult, Progress, failed_point, try_point
 
@@ -97,3 +98,4 @@ def _start(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    limit(threads)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 
 import pytest
 
-from sdcompress.parallel import in_order
+from sdcompress import parallel
+from sdcompress.parallel import beside, in_order, leaving
 
 
 def test_results_are_in_order_whoever_is_faster() -> None:
@@ -54,3 +56,50 @@ def test_every_thread_is_prepared_once() -> None:
     used = set(in_order([job] * 8, threads=2, prepare=prepare))
     assert used == set(prepared)
     assert len(prepared) == 2
+
+
+@pytest.fixture
+def _limit() -> Iterator[None]:
+    yield
+    parallel.limit(parallel.MOST)
+
+
+@pytest.mark.usefixtures("_limit")
+def test_a_process_may_be_told_to_use_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    assert parallel.cores() == 8
+    parallel.limit(3)
+    assert parallel.cores() == 3
+    parallel.limit(0)
+    assert parallel.cores() == 1
+
+
+def long_job(begun: threading.Event) -> str:
+    begun.set()
+    for _ in range(2000):
+        time.sleep(0.01)
+        if leaving():
+            return "left"
+    return "done"
+
+
+def test_a_long_job_hears_that_nobody_waits_for_it() -> None:
+    """Also one that a job of somebody else's has asked for."""
+    begun = threading.Event()
+    results: list[str] = []
+
+    def job() -> None:
+        results.extend(in_order([partial(long_job, begun)]))
+
+    with pytest.raises(KeyboardInterrupt), beside(job):
+        begun.wait(10)
+        raise KeyboardInterrupt
+    assert results == ["left"]
+    assert not leaving()
+
+
+def test_a_job_beside_gives_its_result_or_its_error() -> None:
+    with beside(lambda: 7) as done:
+        assert done.result() == 7
+    with pytest.raises(ZeroDivisionError), beside(lambda: 1 // 0) as failed:
+        failed.result()

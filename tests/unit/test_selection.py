@@ -131,6 +131,22 @@ def test_violations_are_counted_group_by_group(
     assert violations(weight, pattern) == plain
 
 
+def test_violations_are_counted_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device has no bits that numpy could look at; here a tensor that says it is on one."""
+    weight = draw((4, 8, 3, 3), torch.float16, 0, coarse=True)
+    expected = violations(weight, Pattern(2, 4))
+    with pytest.raises(TypeError, match="meta"):
+        selection.groups_above(weight.to("meta"), 2, 4)
+    monkeypatch.setattr(selection, "groups_above", None)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))
+    assert violations(weight, Pattern(2, 4)) == expected > 0
+
+
+def test_groups_do_not_run_over_rows() -> None:
+    with pytest.raises(ValueError, match="6 input channels are not divisible by 4"):
+        violations(torch.ones(2, 6), Pattern(2, 4))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_zeroed_is_plus_zero(dtype: torch.dtype) -> None:
     weight = torch.tensor([-1.5, 2.5, -0.0, 3.5], dtype=dtype)
