@@ -13,7 +13,6 @@ from sdcompress.commands._common import (
     bytes_bar,
     emit,
     json_option,
-    open_model,
     output_option,
     size,
 )
@@ -83,9 +82,13 @@ def command(bundle: str, output: Path, as_json: bool) -> None:
 
 def _open(name: str) -> Bundle:
     from sdcompress.bundle import MANIFEST, Bundle
+    from sdcompress.models.sources import resolve
 
     path = Path(name).expanduser()
-    return Bundle.open(path) if (path / MANIFEST).is_file() else open_model(name)
+    if (path / MANIFEST).is_file():
+        return Bundle.open(path)
+    found = resolve(name)
+    return Bundle.of_source(found.directory, found.source)
 
 
 def _show(console: Console, result: Output) -> None:

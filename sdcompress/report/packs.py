@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdcompress.bundle import MANIFEST, Bundle
+from sdcompress.errors import InputError
 
 SUFFIX = ".sdz"
 LABELS = {
@@ -35,16 +36,20 @@ class Shipped:
     weights: dict[str, tuple[int, int]]
 
 
-def read_packs(run: Path) -> list[Shipped]:
-    """The packs of a run, the largest first. Only their indexes and manifests are read.
+def read_packs(run: Path) -> tuple[list[Shipped], list[str]]:
+    """The packs of a run, the largest first, and what is wrong with those that cannot be read.
 
-    Raises:
-        InputError: a pack is damaged.
+    Only their indexes and manifests are read.
     """
     files = sorted(run.glob(f"*{SUFFIX}"))
     known = dict(_bundles(run)) if files else {}
-    found = (_shipped(file, known) for file in files)
-    return sorted(found, key=lambda pack: -pack.packed)
+    found, damaged = list[Shipped](), list[str]()
+    for file in files:
+        try:
+            found.append(_shipped(file, known))
+        except InputError as e:
+            damaged.append(str(e).replace(f"{run}/", ""))
+    return sorted(found, key=lambda pack: -pack.packed), damaged
 
 
 def _shipped(file: Path, known: dict[str, str]) -> Shipped:

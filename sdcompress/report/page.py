@@ -126,6 +126,7 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
     builds = read_builds(run)
     quality = read_quality(run)
     structure = read_structure(run)
+    packs, damaged = read_packs(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -173,7 +174,8 @@ def render(run: Path, results: Results | None, bundle: Bundle | None) -> str:
         quality=quality,
         limits_apart=builds["dense"].limits_apart(builds["sparse"])[0] if len(builds) == 2 else [],
         not_measured=not_measured(run),
-        packs=read_packs(run),
+        packs=packs,
+        damaged_packs=damaged,
         dense_weights=DENSE,
         bundle=bundle,
         same=SAME,
