@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import torch
 from google.protobuf.message import DecodeError
-from torch import Tensor
 
 from export.specs import MODEL_OF
 from export.to_onnx import MODEL
@@ -20,6 +18,9 @@ from export.weight_map import Entry, WeightMap
 from sdcompress.bundle import Bundle
 from sdcompress.catalog import read_config
 from sdcompress.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OF_ONNX_FILES = ("onnxruntime", "torch_cuda")  # the backends whose engines are the ONNX files
 
@@ -47,6 +48,8 @@ class Graph:
 
     def read(self, tensor: onnx.TensorProto) -> Tensor:
         """A weight in the state dict's layout, still backed by the file."""
+        import torch
+
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             facts = external(tensor)

@@ -28,14 +28,9 @@ from export.backends import Runner, load_backend, onnxruntime, torch_cuda
 from export.bench import environment
 from export.pipeline import Geometry
 from export.specs import MODEL_OF, DTypeName, Sizes, canonical_key, component_spec, make_inputs
-from export.to_onnx import (
-    TORCH_DTYPES,
-    architecture,
-    export_bundle,
-    parameter_names,
-    trace,
-)
+from export.to_onnx import export_bundle
 from export.torch_module import run_on_meta
+from export.tracing import TORCH_DTYPES, architecture, parameter_names, trace
 from sdcompress.bundle import Bundle
 from sdcompress.catalog import read_catalog, read_config
 from sdcompress.errors import UsageError

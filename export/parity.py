@@ -12,8 +12,8 @@ import torch
 from export.graph import Graph
 from export.ranges import LIMIT, Watched
 from export.specs import DTypeName, component_spec, make_inputs
-from export.to_onnx import layer_of
 from export.torch_module import torch_module
+from export.weight_map import layer_of
 from sdcompress.errors import VerificationError
 from sdcompress.results import Check
 

@@ -19,7 +19,8 @@ from export.backends import Runner, Tensor
 from export.graph import Graph, open_graphs
 from export.precision import watch
 from export.specs import component_spec
-from export.to_onnx import MODEL, export_bundle, layer_of
+from export.to_onnx import MODEL, export_bundle
+from export.weight_map import layer_of
 from sdcompress.bundle import Bundle, sha256_file, write_json
 from sdcompress.errors import InputError, UsageError, VerificationError
 

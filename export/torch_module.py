@@ -11,7 +11,7 @@ from torch import nn
 
 from export.graph import Graph
 from export.specs import component_spec, static_shapes
-from export.to_onnx import architecture, parameter_names
+from export.tracing import architecture, parameter_names
 from sdcompress.errors import InputError
 
 

@@ -12,26 +12,27 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from export.graph import Graph, external, open_graphs, record_dtype
-from export.parity import check_parity
 from export.precision import FP32, element_types, wrong_product_dtypes
 from export.ranges import RANGES, Ranges
 from export.specs import canonical_key, unused_key
 from export.to_onnx import MODEL, RECORD_DTYPES
+from sdcompress.bits import all_finite, bits, is_zero, slices, tensors_in_order
 from sdcompress.bundle import Bundle, Manifest
 from sdcompress.catalog import read_catalog, read_config
 from sdcompress.criteria import load_criterion
 from sdcompress.errors import VerificationError
-from sdcompress.patterns import parse_pattern, violations
+from sdcompress.parallel import beside
+from sdcompress.patterns import fits, parse_pattern, violations
 from sdcompress.plan import LayerPlan, shortfalls
 from sdcompress.prune import record_tensor
 from sdcompress.recipe import Recipe
@@ -47,6 +48,9 @@ from sdcompress.structure import (
     read_record,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAMED = 20  # tensors named in a failed check
 
 
@@ -60,21 +64,32 @@ def verify_bundle(path: Path, *, against: Path | None = None, parity: bool = Tru
         InputError: a file is missing, truncated, corrupt or points outside its directory.
     """
     bundle = Bundle.open(path)
-    graphs = open_graphs(bundle)
-    checks = [_files(bundle)]
+    # Files are hashed as a whole beside all that is done with the tensors in them.
+    with beside(partial(_files, bundle)) as files:
+        checks = _contents(bundle, against, parity)
+        checks.insert(0, files.result())
+    return VerifyReport(bundle=bundle.digest, stage=bundle.manifest.stage, checks=tuple(checks))
+
+
+def _contents(bundle: Bundle, against: Path | None, parity: bool) -> list[Check]:
+    import torch  # noqa: F401  # before several threads ask for it at once
+
+    graphs, checks = open_graphs(bundle), list[Check]()
     if graphs:
         checks += [_structure(graphs, bundle), _product_dtypes(graphs, bundle)]
-        if (path / RANGES).is_file():
-            checks += [_kept(graphs, Ranges.read(path / RANGES))]
+        if (bundle.path / RANGES).is_file():
+            checks += [_kept(graphs, Ranges.read(bundle.path / RANGES))]
     if graphs or bundle.manifest.stage != "engine":  # other engines hold no weights one can read
         if record := read_record(bundle.manifest.details):
             checks += [_blocks(bundle, graphs, record)]
         checks += _tensors(bundle, graphs)
     if against is not None:
         checks += _against(bundle, graphs, Bundle.open(against))
-    if parity:
+    if parity and graphs:
+        from export.parity import check_parity
+
         checks += [check for graph in graphs for check in check_parity(graph)]
-    return VerifyReport(bundle=bundle.digest, stage=bundle.manifest.stage, checks=tuple(checks))
+    return checks
 
 
 def _result(name: str, wrong: list[str], good: str) -> Check:
@@ -106,6 +121,7 @@ class _Weight:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int
     read: Callable[[], Tensor]
 
     @property
@@ -123,13 +139,14 @@ def _weights(bundle: Bundle, graphs: list[Graph]) -> Iterator[_Weight]:
             for header in headers:
                 for info in header.tensors.values():
                     read = partial(read_tensor, info)
-                    yield _Weight(model, info.name, info.dtype, info.shape, read)
+                    yield _Weight(model, info.name, info.dtype, info.shape, info.nbytes, read)
     for graph in graphs:
         recorded = bundle.manifest.tensors.get(graph.model, {})
         names = {canonical_key(graph.component, name): name for name in recorded}
         for tensor, entry in graph.weights():
             name, read = names.get(entry.key, entry.key), partial(graph.read, tensor)
-            yield _Weight(graph.model, name, record_dtype(tensor), entry.key_shape, read)
+            dtype, shape = record_dtype(tensor), entry.key_shape
+            yield _Weight(graph.model, name, dtype, shape, entry.nbytes, read)
 
 
 # Checks of the weights.
@@ -137,10 +154,15 @@ def _weights(bundle: Bundle, graphs: list[Graph]) -> Iterator[_Weight]:
 
 @dataclass
 class _Findings:
-    """What one walk over all weights found: for each check the tensors that fail it."""
+    """What one walk over weights found: for each check the tensors that fail it."""
 
     wrong: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     count: Counter[str] = field(default_factory=Counter)
+
+    def add(self, more: _Findings) -> None:
+        self.count.update(more.count)
+        for check, tensors in more.wrong.items():
+            self.wrong[check] += tensors
 
 
 def _tensors(bundle: Bundle, graphs: list[Graph]) -> list[Check]:
@@ -149,11 +171,14 @@ def _tensors(bundle: Bundle, graphs: list[Graph]) -> list[Check]:
     plans = _planned(bundle, graphs)
     unseen = {(m, n) for m, records in manifest.tensors.items() for n in records} | set(plans)
     known = frozenset(unseen)
-    for weight in _weights(bundle, graphs):
-        unseen.discard(weight.key)
-        if known and weight.key not in known:
-            wrong["tensors"].append(f"{weight.label} (not in the manifest)")
-        _look_at(weight, bundle, plans.get(weight.key), found)
+    weights = list(_weights(bundle, graphs))
+    jobs = (partial(_look_at, weight, manifest, plans.get(weight.key)) for weight in weights)
+    with closing(tensors_in_order(jobs, sizes=(w.nbytes for w in weights))) as looks:
+        for weight, seen in zip(weights, looks, strict=True):
+            unseen.discard(weight.key)
+            if known and weight.key not in known:
+                wrong["tensors"].append(f"{weight.label} (not in the manifest)")
+            found.add(seen)
     wrong["tensors"] += [f"{model}/{name} (missing)" for model, name in sorted(unseen)]
     checks = [
         _result("finite", wrong["finite"], f"{count['tensors']} tensors hold no NaN or infinity")
@@ -202,11 +227,12 @@ def _exported(component: str | None, name: str) -> bool:
     return component is not None and not unused_key(component, canonical_key(component, name))
 
 
-def _look_at(weight: _Weight, bundle: Bundle, layer: LayerPlan | None, found: _Findings) -> None:
-    manifest, wrong = bundle.manifest, found.wrong
+def _look_at(weight: _Weight, manifest: Manifest, layer: LayerPlan | None) -> _Findings:
+    found = _Findings()
+    wrong = found.wrong
     found.count["tensors"] += 1
-    value = weight.read()
-    if not bool(value.isfinite().all()):
+    value = weight.read().contiguous()
+    if not all_finite(value):
         wrong["finite"].append(weight.label)
     actual = record_tensor(value, weight.dtype, pruned=layer is not None)
     if record := manifest.tensors.get(weight.model, {}).get(weight.name):
@@ -218,7 +244,7 @@ def _look_at(weight: _Weight, bundle: Bundle, layer: LayerPlan | None, found: _F
         if actual.sha256 != record.sha256:
             wrong["values"].append(weight.label)
     if layer is None:
-        return
+        return found
     # What the cast made zero is on top of what was planned; export counted and recorded it.
     underflow = manifest.details.get("underflow", {}).get(weight.model, {}).get(weight.name, 0)
     zeros = actual.zeros or 0
@@ -231,8 +257,11 @@ def _look_at(weight: _Weight, bundle: Bundle, layer: LayerPlan | None, found: _F
     pattern = parse_pattern(layer.pattern or "unstructured")
     if pattern.m is not None:
         found.count["N:M"] += 1
-        if broken := violations(value, pattern):
+        if why_not := fits(pattern, weight.shape):
+            wrong["pattern"].append(f"{weight.label} ({why_not})")
+        elif broken := violations(value, pattern):
             wrong["pattern"].append(f"{weight.label} ({broken:,} groups break {pattern})")
+    return found
 
 
 def _blocks(bundle: Bundle, graphs: list[Graph], record: Mapping[str, ComponentStructure]) -> Check:
@@ -277,19 +306,22 @@ def _against(bundle: Bundle, graphs: list[Graph], parent: Bundle) -> list[Check]
     plan = bundle.manifest.plan
     pruned = {(p.component, p.name) for p in plan.layers if p.pruned} if plan else set()
     tuned = _tuned(bundle, pruned)
-    wrong = []
-    for weight in _weights(bundle, graphs):
+
+    def compare(weight: _Weight) -> str | None:
+        """What to say of a weight that is not what became of the parent's."""
         if weight.key not in parents:
-            wrong.append(f"{weight.label} (not in the parent)")
-        else:
-            before = parents[weight.key].read()
-            for to_what_stayed in made.cuts.get(weight.key, ()):
-                before = to_what_stayed(before)
-            if weight.key in made.refitted:
-                if weight.shape != tuple(before.shape):
-                    wrong.append(weight.label)
-            elif not _descends(bundle, pruned, tuned, weight, before):
-                wrong.append(weight.label)
+            return f"{weight.label} (not in the parent)"
+        before = parents[weight.key].read()
+        for to_what_stayed in made.cuts.get(weight.key, ()):
+            before = to_what_stayed(before)
+        if weight.key in made.refitted:
+            return None if weight.shape == tuple(before.shape) else weight.label
+        return None if _descends(bundle, pruned, tuned, weight, before) else weight.label
+
+    weights = list(_weights(bundle, graphs))
+    jobs = (partial(compare, weight) for weight in weights)
+    with closing(tensors_in_order(jobs, sizes=(w.nbytes for w in weights))) as found:
+        wrong = [label for label in found if label is not None]
     good = {
         "pruned": "every weight kept has the parent's bits"
         + (f", but in {len(made.refitted)} that were fitted anew" if made.refitted else ""),
@@ -381,22 +413,25 @@ def _descends(
     weight: _Weight,
     before: Tensor,
 ) -> bool:
-    value = weight.read()
-    before = before.to(value.dtype)
+    value, before = weight.read().contiguous(), before.contiguous()
     if value.shape != before.shape:
         return False
-    if bundle.manifest.stage == "pruned":
-        before = torch.where(value == 0, value, before)
-    elif weight.model in tuned:
-        # A zero that nobody pruned, as in many a bias, may become something else.
-        free = weight.key not in pruned or _moves_zeros(bundle)
-        return free or bool((value[before == 0] == 0).all())
-    return torch.equal(_bits(value), _bits(before))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The bytes: unlike numbers, they tell -0.0 from +0.0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    was_tuned = weight.model in tuned
+    # A zero that nobody pruned, as in many a bias, may become something else.
+    if was_tuned and (weight.key not in pruned or _moves_zeros(bundle)):
+        return True
+    may_go = bundle.manifest.stage == "pruned" and value.is_floating_point()
+    for now, then in zip(slices(value), slices(before), strict=True):
+        then = then.to(now.dtype)
+        if was_tuned:
+            wrong = is_zero(then) & ~is_zero(now)
+        else:  # as bits, which tell -0.0 from +0.0
+            wrong = bits(now) != bits(then)
+            if may_go:
+                wrong &= ~is_zero(now)
+        if wrong.any():
+            return False
+    return True
 
 
 # Checks of the graphs.

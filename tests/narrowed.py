@@ -131,7 +131,7 @@ def narrow_bundle(source: Path | Bundle, out: Path, kept: Kept) -> Bundle:
             tensors=tensors,
             details={RECORD: {c: r.model_dump(mode="json") for c, r in records.items()}},
         )
-        seal(work, manifest, linked=linked)
+        seal(work, manifest, known=linked)
     return Bundle.open(out)
 
 

@@ -240,7 +240,7 @@ class TorchRunner(Runner):
 
         One at a time, so that no more than one is on the device both packed and not.
         """
-        from export.to_onnx import parameter_names
+        from export.tracing import parameter_names
 
         names = parameter_names(self._component, module)
         packed = {}

@@ -54,8 +54,8 @@ def write_pruned(
             weight = decide(layer, weight)
         return weight, record_tensor(weight, info.dtype, pruned=pruned)
 
-    done, total = 0, sum(info.nbytes for _, info in infos)
-    with closing(tensors_in_order((partial(make, *i) for i in infos), threads)) as made:
+    done, sizes = 0, [info.nbytes for _, info in infos]
+    with closing(tensors_in_order((partial(make, *i) for i in infos), threads, sizes)) as made:
         for component, shards in catalog.headers.items():
             for header in shards:
                 changes = any(_is_pruned(layers.get((component, n))) for n in header.tensors)
@@ -72,7 +72,7 @@ def write_pruned(
                                 update={"zeros": record.zeros, "sparsity": share}
                             )
                         done += info.nbytes
-                        progress(done, total)
+                        progress(done, sum(sizes))
                 if writer:
                     files[name] = FileRecord(size=writer.size, sha256=writer.sha256)
     resolved = plan.model_copy(update={"layers": tuple(layers.values())})

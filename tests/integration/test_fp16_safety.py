@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
+from export import tracing
 from export.backends import load_backend
 from export.graph import open_graph
 from export.parity import PARITY_TOLERANCE
@@ -165,6 +166,14 @@ def test_plain_fp16_overflows_and_the_kept_layer_does_not(plain: Bundle, kept: B
     found = in_fp16(kept, feeds)
     assert found.dtype == np.float16
     assert error(found, in_fp32(plain, feeds)) <= PARITY_TOLERANCE["fp16"]
+
+
+def test_a_graph_with_layers_in_fp32_is_known_the_second_time(
+    hot: Bundle, kept: Bundle, ranges: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "in_fp32", None)
+    again = export_bundle(hot, tmp_path / "again", keep_fp32=ranges)
+    assert again.digest == kept.digest
 
 
 def test_nothing_else_changes(plain: Bundle, kept: Bundle) -> None:

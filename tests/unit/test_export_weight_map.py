@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export.to_onnx import MODEL, Filled, Skeleton, fill
+from export import to_onnx
+from export.graph_cache import Skeleton
+from export.to_onnx import MODEL, Filled, fill
 from export.weight_map import DATA, WEIGHT_MAP, WeightMap, lay_out, match_by_value
 from sdcompress.errors import InputError
-from sdcompress.safetensors_io import read_header
+from sdcompress.safetensors_io import TensorInfo, read_header, read_tensor
 
 LINEAR = np.arange(6, dtype=np.float16).reshape(2, 3)
 SQUARE = np.arange(10, 26, dtype=np.float16).reshape(4, 4)
@@ -89,7 +92,7 @@ def filled(tmp_path: Path, change: dict[str, torch.Tensor], drop: str = "") -> F
     tensors.pop(drop, None)
     save_file(tensors, tmp_path / "weights.safetensors")
     weights = read_header(tmp_path / "weights.safetensors").tensors
-    skeleton = Skeleton(b"the graph", weight_map())
+    skeleton = Skeleton(model=b"the graph", weight_map=weight_map())
     return fill(skeleton, weights, tmp_path / "unet", pruned={"linear.weight"})
 
 
@@ -103,6 +106,36 @@ def test_weights_are_streamed_to_the_places_of_the_map(tmp_path: Path) -> None:
     assert records["linear.weight"].dtype == "F16"
     assert records["linear.weight"].zeros == 1  # only pruned tensors have their zeros recorded
     assert records["square.weight"].zeros is None
+
+
+def test_every_tensor_is_read_once_and_the_data_hashed_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    once = to_onnx.read_finite
+    monkeypatch.setattr(to_onnx, "read_finite", lambda i: read.append(i.name) or once(i))
+    done = filled(tmp_path, {})
+    assert sorted(read) == sorted(WEIGHTS)  # although one of them has two places
+    raw = (tmp_path / "unet" / DATA).read_bytes()
+    assert done.data.size == len(raw)
+    assert done.data.sha256 == hashlib.sha256(raw).hexdigest()
+
+
+def test_large_tensors_are_cast_a_slice_at_a_time_as_torch_casts_them(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.randn(300, 500, generator=generator) * 10.0 ** -torch.arange(500).div(50)
+        info = save_one(tmp_path, weight.to(dtype))
+        cast, lost = to_onnx._cast(read_tensor(info), "fp16", info)
+        expected = weight.to(dtype).to(torch.float16)
+        assert torch.equal(cast, expected)
+        assert lost == int(((expected == 0) & (weight.to(dtype) != 0)).sum())
+        assert (lost > 0) == (dtype != torch.float16)
+
+
+def save_one(tmp_path: Path, weight: torch.Tensor) -> TensorInfo:
+    save_file({"weight": weight}, tmp_path / "one.safetensors")
+    return read_header(tmp_path / "one.safetensors").tensors["weight"]
 
 
 def test_equal_tensors_stay_apart(tmp_path: Path) -> None:

@@ -7,22 +7,28 @@ from pathlib import Path
 import pytest
 
 from export import graph_cache
+from export.graph_cache import Skeleton
 from export.weight_map import Entry, WeightMap
 
 ENTRY = Entry(
     key="a.weight", transform="transpose", key_shape=(2, 3), shape=(3, 2), offset=64, nbytes=12
 )
 MAP = WeightMap(component="unet", dtype="fp16", opset=18, initializers={"a.weight_t": ENTRY})
-MODEL = b"\x08\n{}\x00 graph"  # a line break, as graphs hold many
+MADE = Skeleton(
+    model=b"\x08\n{}\x00 graph",  # a line break, as graphs hold many
+    weight_map=MAP,
+    fp32_layers=("conv_in", "mid_block.attentions.0.proj_in"),
+    fp32_products=("node_conv2d",),
+)
 
 
 class Tracer:
-    def __init__(self, model: bytes = MODEL) -> None:
-        self.calls, self.model = 0, model
+    def __init__(self) -> None:
+        self.calls = 0
 
-    def __call__(self) -> graph_cache.Traced:
+    def __call__(self) -> Skeleton:
         self.calls += 1
-        return self.model, MAP
+        return MADE
 
 
 @pytest.fixture
@@ -33,8 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_was_traced_once_comes_back_unchanged(folder: Path) -> None:
     trace = Tracer()
-    assert graph_cache.cached(["unet", {"a": 1}], trace) == (MODEL, MAP)
-    assert graph_cache.cached(["unet", {"a": 1}], trace) == (MODEL, MAP)
+    assert graph_cache.cached(["unet", {"a": 1}], trace) == MADE
+    assert graph_cache.cached(["unet", {"a": 1}], trace) == MADE
     assert trace.calls == 1
     assert len(list(folder.iterdir())) == 1
 
@@ -67,7 +73,7 @@ def test_a_damaged_file_is_made_again(folder: Path, damage: str) -> None:
     }[damage]
     assert bad != good
     file.write_bytes(bad)
-    assert graph_cache.cached("key", trace) == (MODEL, MAP)
+    assert graph_cache.cached("key", trace) == MADE
     assert trace.calls == 2
     assert file.read_bytes() == good
 
@@ -78,6 +84,6 @@ def test_a_place_that_cannot_be_written_only_costs_time(
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path / "file"))
     trace = Tracer()
-    assert graph_cache.cached("key", trace) == (MODEL, MAP)
-    assert graph_cache.cached("key", trace) == (MODEL, MAP)
+    assert graph_cache.cached("key", trace) == MADE
+    assert graph_cache.cached("key", trace) == MADE
     assert trace.calls == 2

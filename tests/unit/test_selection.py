@@ -202,3 +202,14 @@ def test_threads_of_torch_are_one_each_and_then_what_they_were() -> None:
     thread.start()
     thread.join()
     assert later == [before]
+
+
+def test_small_tensors_are_done_together_and_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "GROUP", 10)
+    sizes = [1, 9, 10, 25, 3, 3]  # four groups: 1 + 9, 10, 25, and what is left
+    jobs = [lambda i=i: (i, threading.get_ident()) for i in range(6)]
+    found = list(bits.tensors_in_order(jobs, threads=4, sizes=sizes))
+    assert [i for i, _ in found] == list(range(6))
+    assert found[0][1] == found[1][1]
+    assert found[4][1] == found[5][1]
+    assert [len(g) for g in bits._grouped(jobs, sizes)] == [2, 1, 1, 2]
