@@ -258,7 +258,7 @@ def sha256_file(path: Path) -> str:
 
 def _file_digest(f: Any) -> str:
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 20))
+    buffer = memoryview(bytearray(1 << 22))
     while n := f.readinto(buffer):
         digest.update(buffer[:n])
         if leaving():

@@ -7,6 +7,7 @@ Whoever is interrupted has to wait for the jobs that run: long ones ask `leaving
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 MOST = 8  # threads: each holds a tensor, and more of them than this wait for the memory
+_SHORT = 2e-4  # seconds
 _here = threading.local()  # `leaving`: of the thread's own jobs
 _limit = MOST
 
@@ -64,9 +66,18 @@ def in_order(
 
 @contextmanager
 def beside(job: Callable[[], T]) -> Iterator[Future[T]]:
-    """One job in a thread of its own, while the block does something else."""
-    with _pool(1, lambda: None) as pool:
-        yield pool.submit(job)
+    """One job in a thread of its own, while the block does something else.
+
+    A block of pure Python, such as a large import, gives the interpreter's lock away every 5 ms at
+    most, and a job that needs it for a moment after every MB would be four times as slow.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SHORT)
+    try:
+        with _pool(1, lambda: None) as pool:
+            yield pool.submit(job)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @contextmanager

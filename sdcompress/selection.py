@@ -7,7 +7,8 @@ a stable sort, for devices, and a test holds both equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdcompress.bits import bits, is_zero, tensors_in_order
-from sdcompress.parallel import T
 
 if TYPE_CHECKING:
     import torch
@@ -58,22 +58,22 @@ def find_cuts(scores: Sequence[Scores], zeros: int) -> list[Cut]:
     """Where to cut each of several weights so that `zeros` go in all, those of the lowest scores.
 
     Among equal scores the earlier one goes first, in the order of `scores` and of their elements. A
-    radix selection in digits of 16 bits: each weight is walked over once, a second time for the low
-    digits of scores that have more than 16 bits, and once more to share out ties where there are
-    several weights. In memory are a slice and 65536 counts for each thread.
+    radix selection in digits of 16 bits: each weight is walked over once, and a second time if its
+    scores have more than 16 bits. In memory are a slice for each thread, and for each weight how
+    often each digit occurs in it.
     """
     if zeros == 0:
         return [Cut(_LOWEST, 0)] * len(scores)
     tables = _counted(scores, None)
     high, below = _digit(tables, None, zeros)
-    if _wide() in tables:
+    if any(not _narrow(table.dtype) for table in tables):
         tables = _counted(scores, high)
     low, before = _digit(tables, high, zeros - below)
     boundary, ties = high << 16 | low + _HALF, zeros - below - before
-    if len(scores) == 1:
-        return [Cut(boundary, ties)]
     cuts = []
-    for equal in _each(scores, partial(_equal, boundary)):
+    for table in tables:
+        lowest, exact = _lowest_kept(boundary, table.dtype)
+        equal = table.of(lowest if _narrow(table.dtype) else low) if exact else 0
         cuts.append(Cut(boundary, min(equal, ties)))
         ties -= cuts[-1].ties
     return cuts
@@ -134,12 +134,6 @@ def _narrow(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize == 2
 
 
-def _wide() -> torch.dtype:
-    import torch
-
-    return torch.float32
-
-
 @lru_cache(maxsize=2)
 def _as_wide(dtype: torch.dtype) -> Keys:
     """The key in fp32 of every key of a 16-bit type, lowest first."""
@@ -164,32 +158,40 @@ def _lowest_kept(boundary: int, dtype: torch.dtype) -> tuple[int, bool]:
 # Counting them.
 
 
-def _each(scores: Sequence[Scores], look: Callable[[Scores], T]) -> Iterator[T]:
+@dataclass(frozen=True)
+class _Table:
+    """How often each digit occurs among the scores of one weight: `counts` from `first` on."""
+
+    dtype: torch.dtype
+    first: int
+    counts: NDArray[np.int32]
+
+    def of(self, digit: int) -> int:
+        place = digit - self.first
+        return int(self.counts[place]) if 0 <= place < len(self.counts) else 0
+
+
+def _counted(scores: Sequence[Scores], high: int | None) -> list[_Table]:
     if len(scores) == 1:  # which some thread may be at work on, beside others
-        return iter([look(scores[0])])
-    return tensors_in_order(partial(look, one) for one in scores)
+        return [_count(high, scores[0])]
+    return list(tensors_in_order(partial(_count, high, one) for one in scores))
 
 
-def _counted(scores: Sequence[Scores], high: int | None) -> dict[torch.dtype, Counts]:
-    """How often the digits of `_digits` occur, by type."""
-    tables: dict[torch.dtype, Counts] = {}
-    for dtype, table in _each(scores, partial(_count, high)):
-        tables[dtype] = tables.get(dtype, 0) + table
-    return tables
-
-
-def _count(high: int | None, scores: Scores) -> tuple[torch.dtype, Counts]:
+def _count(high: int | None, scores: Scores) -> _Table:
+    """The table of the digits of `_digits`."""
     import torch
 
-    table, dtype = np.zeros(_BINS, np.int64), _wide()
+    table, dtype = np.zeros(_BINS, np.int32), torch.float32
     for part in scores():
         dtype = part.dtype if _narrow(part.dtype) else dtype
         digits = torch.from_numpy(_digits(_keys(part), high))
         negative = len(digits) > 0 and int(digits.min()) < 0  # of which torch counts none
         counts = torch.bincount(digits.int() + _HALF if negative else digits).numpy()
         first = 0 if negative else _HALF
-        table[first : first + len(counts)] += counts
-    return dtype, table
+        table[first : first + len(counts)] += counts.astype(np.int32)
+    used = np.flatnonzero(table)
+    first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+    return _Table(dtype, first - _HALF, table[first:end].copy())
 
 
 def _digits(keys: Keys, high: int | None) -> Keys:
@@ -203,26 +205,20 @@ def _digits(keys: Keys, high: int | None) -> Keys:
     return low.astype(np.int16)
 
 
-def _digit(tables: Mapping[torch.dtype, Counts], high: int | None, zeros: int) -> tuple[int, int]:
+def _digit(tables: Sequence[_Table], high: int | None, zeros: int) -> tuple[int, int]:
     """The digit, as `_digits` has it, of the `zeros`-th lowest score; how many have lower ones."""
+    totals: defaultdict[torch.dtype, Counts] = defaultdict(lambda: np.zeros(_BINS, np.int64))
+    for table in tables:
+        first = table.first + _HALF
+        totals[table.dtype][first : first + len(table.counts)] += table.counts
     total = np.zeros(_BINS, np.int64)
-    for dtype, table in tables.items():
+    for dtype, counts in totals.items():
         if not _narrow(dtype):
-            total += table
+            total += counts
             continue
         known = _as_wide(dtype)
         of = np.flatnonzero(known >> 16 == high) if high is not None else slice(None)
-        digits = _digits(known, high).astype(np.int64) + _HALF
-        np.add.at(total, digits, table[of])
+        np.add.at(total, _digits(known, high).astype(np.int64) + _HALF, counts[of])
     ends = total.cumsum()
     index = int(np.searchsorted(ends, zeros))
     return index - _HALF, int(ends[index] - total[index])
-
-
-def _equal(boundary: int, scores: Scores) -> int:
-    """How many scores equal the boundary."""
-    count = 0
-    for part in scores():
-        lowest, exact = _lowest_kept(boundary, part.dtype)
-        count += int(np.count_nonzero(_keys(part) == lowest)) if exact else 0
-    return count

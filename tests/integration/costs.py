@@ -2,9 +2,9 @@
 
     python costs.py ARGUMENTS OF SDCOMPRESS...
 
-The last line on stdout is JSON: bytes read and written through system calls, how far memory rose
-above what it was after the imports, and how many tensors of weight files, and bytes of them, were
-in memory at once.
+The last line on stdout is JSON: bytes read and written through system calls, how far anonymous
+memory rose above what it was after the imports, and how many tensors of weight files, and bytes of
+them, were in memory at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sdcompress.commands import main
+from sdcompress.measure import PeakMemory, anonymous_bytes
 
 # What commands import late: reading these is no cost of a model's.
 LATE = (
@@ -58,28 +59,22 @@ def traffic() -> dict[str, int]:
     return {key: int(value) for key, value in (line.split(": ") for line in lines)}
 
 
-def memory(which: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(which):
-            return 1024 * int(line.split()[1])
-    raise LookupError(which)
-
-
 if __name__ == "__main__":
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # bounds count threads
     for name in LATE:
         import_module(name)
     held, before = Held(), traffic()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest is now what it is now
-    start = memory("VmRSS")
+    start = anonymous_bytes(os.getpid())
+    memory = PeakMemory(os.getpid(), every=0.005)
     try:
-        main()
+        with memory:
+            main()
     finally:
         after = traffic()
         costs = {
             "read": after["rchar"] - before["rchar"],
             "written": after["wchar"] - before["wchar"],
-            "rise": memory("VmHWM") - start,
+            "rise": memory.peak - start,
             "tensors": held.most,
             "tensor_bytes": held.most_bytes,
         }
