@@ -290,6 +290,6 @@ def test_measuring_needs_no_onnx_and_no_torch() -> None:
 
 
 def test_an_interval_always_holds_its_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdcompress.measure.np.quantile", lambda *_: (2.0, 3.0))
+    monkeypatch.setattr("numpy.quantile", lambda *_: (2.0, 3.0))
     found = compare([1.0, 1.0], [1.5, 1.5])
     assert (found.low, found.ratio, found.high, found.verdict) == (1.5, 1.5, 3.0, "higher")
