@@ -43,7 +43,7 @@ WORKER = "export.bench_worker"
 # Share of the time budget of one process; the rest of it goes into starting and loading.
 SHARES = {"picture": 0.4, "text_encoder": 0.15, "unet_step": 0.3, "vae_decoder": 0.15}
 PROMPT = "a large red circle left of a small blue square on a white background"
-MEMORY = "peak anonymous memory of the process tree (smaps_rollup), mapped files not counted"
+MEMORY = "peak anonymous memory of the process tree, mapped files not counted"
 # What both engines must have in common, of the details of their manifests.
 SAME = (
     *("backend", "providers", "options", "dtype", "opset", "target", "sizes"),

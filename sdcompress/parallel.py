@@ -43,11 +43,14 @@ def in_order(
     jobs: Iterable[Callable[[], T]],
     threads: int | None = None,
     prepare: Callable[[], None] = lambda: None,
+    ahead: int = 1,
 ) -> Generator[T, None, None]:
     """The results of `jobs`, run by several threads, in order; each thread calls `prepare` first.
 
-    No more than `threads` + 2 results are in memory, the one that was given out last included.
-    Close it to leave early: what runs is told and waited for, what waits is not begun.
+    `ahead` jobs more than there are threads may be done or waiting: one for large tensors, more for
+    jobs so short that threads would wait for whoever takes the results. No more than `threads` +
+    `ahead` + 1 results are in memory, the one that was given out last included. Close it to leave
+    early: what runs is told and waited for, what waits is not begun.
     """
     threads = threads or cores()
     with _pool(threads, prepare) as pool:
@@ -55,7 +58,7 @@ def in_order(
         try:
             for job in jobs:
                 running.append(pool.submit(job))
-                if len(running) > threads:
+                if len(running) >= threads + ahead:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()

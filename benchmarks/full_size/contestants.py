@@ -16,6 +16,15 @@ PEERS = (sys.executable, str(HERE / "peers.py"))
 COMPONENTS = ("unet", "text_encoder")
 CP, SHA256SUM, HASHLIB = "cp", "sha256sum", "hashlib, one thread"
 COLD, KNOWN, OPTIMUM = "export, cold", "export, graph known", "optimum, fp32"
+EXPORT_TWO = """
+import sys
+from pathlib import Path
+from export.to_onnx import export_bundle
+from sdcompress.bundle import Bundle
+bundle = Bundle.open(Path(sys.argv[1]))
+bundle.check_files()
+export_bundle(bundle, Path(sys.argv[2]), components=("text_encoder", "unet"))
+"""
 PRUNED = "prune, 2:4"
 PARTS = {
     "base": "The same bytes, copied and hashed",
@@ -103,7 +112,7 @@ def contestants(model: Path, work: Path, settings: Settings) -> list[Contestant]
 
     fast = Limit(CP, 4, 1e9)
     verified = Limit(SHA256SUM, 2)
-    copy, other = work / "copy", work / "other"
+    copy, other, nothing = work / "copy", work / "other", work / "empty_cache"
     export = ("export", pruned, "-o", onnx, "--json")
     return [
         Contestant(
@@ -132,7 +141,12 @@ def contestants(model: Path, work: Path, settings: Settings) -> list[Contestant]
         own(
             COLD, "export", *export,
             reads=(pruned,), makes=(onnx, cache), kept=True, slow=True,
-            asked=Limit(OPTIMUM, 1, 3e9),
+        ),
+        Contestant(
+            "export, cold, the same two", "export",
+            (sys.executable, "-c", EXPORT_TWO, str(pruned), str(other)),
+            reads=(pruned,), makes=(other, nothing), slow=True, asked=Limit(OPTIMUM, 1, 3e9),
+            environment={**ours, "SDCOMPRESS_CACHE": str(nothing)},
         ),
         own(
             KNOWN, "export", *export,

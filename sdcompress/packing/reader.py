@@ -26,7 +26,7 @@ from sdcompress.packing.index import (
     damaged,
     read_index,
 )
-from sdcompress.packing.writer import Progress
+from sdcompress.packing.writer import AHEAD, Progress
 from sdcompress.parallel import in_order
 from sdcompress.safetensors_io import DTYPES
 
@@ -154,7 +154,7 @@ class Pack:
         (work / MANIFEST).write_bytes(raw)
         files = self.index.files[1:]
         jobs = (job for file in files for part in file.parts for job in self.jobs(part))
-        with closing(in_order(jobs, threads)) as chunks:
+        with closing(in_order(jobs, threads, ahead=AHEAD)) as chunks:
             for file in files:
                 target, digest = work / file.name, hashlib.sha256()
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ from sdcompress.parallel import in_order
 from sdcompress.safetensors_io import DTYPES, read_header
 
 CHUNK = 1 << 20
+AHEAD = 16  # chunks, which take a thread a few milliseconds each
 SMALL = 4 << 20  # bytes up to which text and headers are worth the slowest level of zstd
 _SLOWEST = 19
 
@@ -131,7 +132,7 @@ def pack(
             PackedFile(name=MANIFEST, parts=(first.part(HEADER.size, [len(payload)]),)),
         )
         source = _Source(bundle, sections)
-        with closing(in_order(source.jobs(), threads)) as coded:
+        with closing(in_order(source.jobs(), threads, ahead=AHEAD)) as coded:
             for name in names:
                 parts, entropy = [], 0.0
                 for section in sections[name]:

@@ -31,6 +31,15 @@ def test_few_are_begun_before_they_are_asked_for() -> None:
         assert len(begun) <= 3  # the one given out, and one for each thread
 
 
+def test_short_jobs_may_run_further_ahead() -> None:
+    begun: list[int] = []
+    results = in_order((partial(begun.append, i) for i in range(100)), threads=2, ahead=10)
+    with closing(results):
+        next(results)
+        time.sleep(0.05)
+        assert len(begun) == 12
+
+
 def test_a_failure_is_raised_where_its_result_would_be() -> None:
     def job(i: int) -> int:
         if i == 2:
