@@ -29,7 +29,7 @@ from export.specs import (
     unused_key,
 )
 from export.weight_map import DATA, Entry, WeightMap
-from sdcompress.bits import all_finite, is_zero, slices, tensors_in_order
+from sdcompress.bits import Array, Buffers, all_finite, in_memory, is_zero, pieces, room, slices
 from sdcompress.bundle import (
     Bundle,
     FileRecord,
@@ -43,18 +43,18 @@ from sdcompress.bundle import (
 from sdcompress.catalog import read_catalog, read_config
 from sdcompress.errors import InputError, UsageError
 from sdcompress.hashed_file import HashedFile
+from sdcompress.parallel import beside
 from sdcompress.prune import record_tensor
-from sdcompress.safetensors_io import TensorInfo, raw_bytes, read_finite
+from sdcompress.safetensors_io import TensorInfo, as_tensor, raw_bytes, read_finite
 from sdcompress.structure import RECORD
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from export.ranges import Ranges
 
 MODEL = "model.onnx"
 # What configs say that is no matter of the architecture: who wrote them, and from where.
 _WHENCE = ("_name_or_path", "_diffusers_version", "transformers_version", "_commit_hash")
+_STRIP = 16  # columns: what is written of a row fills a line of the cache, or half of one
 RECORD_DTYPES: dict[DTypeName, str] = {"fp16": "F16", "fp32": "F32"}  # as safetensors calls them
 UpcastAttention = Literal["auto", "on", "off"]
 Progress = Callable[[str, int], None]  # what, how many bytes of weights were done
@@ -101,7 +101,7 @@ def export_bundle(
             finite or too large for `dtype`.
     """
     catalog = read_catalog(source.path)
-    plan = source.manifest.plan
+    plan = source.outline.plan
     tensors: dict[str, dict[str, TensorRecord]] = {}
     underflow: dict[str, dict[str, int]] = {}
     layers: dict[str, list[str]] = {}
@@ -109,11 +109,12 @@ def export_bundle(
     upcast = False
     if keep_fp32 and dtype != "fp16":
         raise UsageError(f"{dtype} needs no layer kept in fp32; leave out the ranges")
-    with staging(out, replace=replace) as work:
-        known = _carry_over(source, components, work)
+    known: dict[str, FileRecord] = {}
+    with beside(lambda: source.digest), staging(out, replace=replace) as work:
         for component in components:
             progress(f"tracing {component}", 0)
-            config, model = read_config(work / component), MODEL_OF[component]
+            model = MODEL_OF[component]
+            config = read_config(source.path / model)
             skeleton = build_skeleton(component, config, dtype, opset)
             if dtype == "fp16":
                 scores = _upcast(component, config, upcast_attention)
@@ -133,6 +134,7 @@ def export_bundle(
             known[f"{component}/{DATA}"] = filled.data
         if keep_fp32:
             keep_fp32.write(work)
+        known |= _carry_over(source, components, work)
         manifest = Manifest(
             stage="onnx",
             parent=source.digest,
@@ -164,8 +166,6 @@ def _carry_over(source: Bundle, components: Sequence[str], work: Path) -> dict[s
         targets[f"{MODEL_OF[component]}/config.json"] = f"{component}/config.json"
     records = {}
     for name, target in targets.items():
-        if name not in source.manifest.files:
-            raise InputError(f"{source.path}: expected {name}, found none; make the model again")
         carry_over(source, name, work / target)
         records[target] = source.manifest.files[name]
     return records
@@ -256,14 +256,18 @@ def fill(
     directory.mkdir(parents=True, exist_ok=True)
     records: dict[str, TensorRecord] = {}
     underflow: dict[str, int] = {}
+    if any(chosen[key].dtype != RECORD_DTYPES[dtype] for key in entries):
+        import torch  # noqa: F401  # before there are threads, which are to have one core each
     jobs = (
-        partial(_make, chosen[key], places, dtype, pruned=chosen[key].name in pruned)
+        (
+            room(_memory(chosen[key], places, dtype)),
+            partial(_make, chosen[key], places, dtype, chosen[key].name in pruned),
+        )
         for key, places in entries.items()
     )
-    sizes = (chosen[key].nbytes for key in entries)
     with (
         HashedFile(directory / DATA) as data,
-        closing(tensors_in_order(jobs, sizes=sizes)) as made,
+        closing(in_memory(jobs, Buffers())) as made,
     ):
         for (key, places), tensor in zip(entries.items(), made, strict=True):
             info = chosen[key]
@@ -272,7 +276,7 @@ def fill(
                 underflow[info.name] = tensor.underflow
             for entry, stored in zip(places, tensor.stored, strict=True):
                 data.write(bytes(entry.offset - data.size))
-                data.write(stored)
+                data.write(raw_bytes(stored))
             progress(f"writing {component}", info.nbytes)
     (directory / MODEL).write_bytes(skeleton.model)
     weight_map.write(directory)
@@ -281,21 +285,40 @@ def fill(
 
 @dataclass(frozen=True)
 class _Made:
-    """A tensor ready to be written: the bytes of each of its places."""
+    """A tensor ready to be written to each of its places."""
 
     record: TensorRecord
     underflow: int
-    stored: list[memoryview]
+    stored: list[Array]
 
 
-def _make(info: TensorInfo, places: Sequence[Entry], dtype: DTypeName, *, pruned: bool) -> _Made:
-    import torch
+def _memory(info: TensorInfo, places: Sequence[Entry], dtype: DTypeName) -> list[int]:
+    """Bytes for the tensor as it is read, for its cast if it needs one, and for it turned."""
+    cast = 0 if info.dtype == RECORD_DTYPES[dtype] else places[0].nbytes
+    turned = any(entry.transform == "transpose" for entry in places)
+    return [info.nbytes, cast, places[0].nbytes if turned else 0]
 
-    cast, underflow = _cast(read_finite(info), dtype, info)
+
+def _make(
+    info: TensorInfo, places: Sequence[Entry], dtype: DTypeName, pruned: bool, memory: Array
+) -> _Made:
+    read, other, turned = pieces(memory, _memory(info, places, dtype))
+    cast, underflow = _cast(read_finite(info, read), dtype, info, other)
     record = record_tensor(cast, RECORD_DTYPES[dtype], pruned=pruned)
-    arrays = [entry.from_key(cast.numpy()) for entry in places]
-    # torch turns a matrix by blocks, in one thread; numpy would run across it.
-    return _Made(record, underflow, [raw_bytes(torch.from_numpy(a)) for a in arrays])
+    stored = [entry.from_key(cast) for entry in places]
+    stored = [a if a.flags.c_contiguous else _turned(a, turned) for a in stored]
+    return _Made(record, underflow, stored)
+
+
+def _turned(array: Array, memory: Array) -> Array:
+    """A transposed matrix in C order, in this memory.
+
+    A strip at a time: numpy alone would walk across the whole matrix for every row of the result.
+    """
+    turned: Array = memory.view(array.dtype).reshape(array.shape)
+    for first in range(0, array.shape[1], _STRIP):
+        turned[:, first : first + _STRIP] = array[:, first : first + _STRIP]
+    return turned
 
 
 def _choose(weights: Mapping[str, TensorInfo], weight_map: WeightMap) -> dict[str, TensorInfo]:
@@ -322,16 +345,13 @@ def _choose(weights: Mapping[str, TensorInfo], weight_map: WeightMap) -> dict[st
     return chosen
 
 
-def _cast(weight: Tensor, dtype: DTypeName, info: TensorInfo) -> tuple[Tensor, int]:
+def _cast(weight: Array, dtype: DTypeName, info: TensorInfo, memory: Array) -> tuple[Array, int]:
     """A finite weight in another type, and how many of its numbers that made zero."""
-    import torch
-
-    wanted = getattr(torch, NUMPY_DTYPES[dtype])
-    if weight.dtype == wanted:
+    if weight.dtype == NUMPY_DTYPES[dtype]:
         return weight, 0
-    cast, lost = torch.empty(weight.shape, dtype=wanted), 0
+    cast, lost = memory.view(NUMPY_DTYPES[dtype]).reshape(weight.shape), 0
     for before, after in zip(slices(weight), slices(cast), strict=True):
-        after.copy_(before)
+        as_tensor(after).copy_(as_tensor(before))  # numpy casts one by one
         if not all_finite(after):
             raise InputError(
                 f"{info.file}: {info.name} holds weights beyond the range of {dtype}; "

@@ -3,15 +3,21 @@
 On a CPU torch compares, masks and checks numbers ten to fifty times as slowly as memory gives them,
 and every temporary of a large tensor's size is paid for in page faults. numpy's loops over integers
 are at the memory's speed, and a slice stays in the cache for all that is done with it.
+
+All of it takes numpy's arrays as well as torch's tensors, whose import alone takes as long as a
+large model takes to be hashed. An array has the type that torch would give it; those that numpy
+has not got are of `ml_dtypes`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sdcompress.parallel import T, in_order
 
@@ -20,14 +26,29 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+A = TypeVar("A", bound="Tensor | Array")
+S = TypeVar("S")
+Array: TypeAlias = "NDArray[Any]"
+Job = tuple[int, Callable[[Array], T]]  # the bytes it needs, and what it does with them
 SLICE = 1 << 17  # numbers: so few that they stay in the cache, so many that calls cost little
 GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
+_LINE = 64  # bytes of the cache
+# Of each type of floats: the bits of the lowest magnitude that is no finite number.
+_NOT_FINITE = {
+    "float8_e4m3fn": 0x7F,
+    "float8_e5m2": 0x7C,
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float32": 0x7F800000,
+    "float64": 0x7FF0000000000000,
+}
 
 
 def tensors_in_order(
     jobs: Iterable[Callable[[], T]],
     threads: int | None = None,
     sizes: Iterable[int] | None = None,
+    ahead: int = 1,
 ) -> Generator[T, None, None]:
     """`parallel.in_order` for work on tensors: several threads have one core each, and torch starts
     no more of its own in them; a single one has them all.
@@ -35,32 +56,35 @@ def tensors_in_order(
     With the `sizes` of the tensors in bytes, small ones are done together: one by one, threads
     would wait for each other longer than they work. Close it to leave early.
     """
-    import torch
-
-    groups = _grouped(jobs, sizes) if sizes is not None else ([job] for job in jobs)
-    before = torch.get_num_threads()
-    prepare = (lambda: None) if threads == 1 else partial(torch.set_num_threads, 1)
-    try:
-        with closing(in_order((partial(_each, g) for g in groups), threads, prepare)) as done:
-            for results in done:
-                yield from results
-    finally:
-        if threads != 1:  # for threads to come; it was set in those alone that ended
-            torch.set_num_threads(before)
+    sized = zip(sizes, jobs, strict=True) if sizes is not None else ((GROUP, job) for job in jobs)
+    several = _one_core_each() if threads != 1 else nullcontext(_nothing)
+    groups = (partial(_each, group) for group in _grouped(sized))
+    with several as prepare, closing(in_order(groups, threads, prepare, ahead)) as done:
+        for results in done:
+            yield from results
 
 
-def _each(jobs: list[Callable[[], T]]) -> list[T]:
-    return [job() for job in jobs]
+def in_memory(
+    jobs: Iterable[Job[T]], buffers: Buffers, threads: int | None = None
+) -> Generator[T, None, None]:
+    """`tensors_in_order` for jobs that are given as much memory as they say, in bytes.
+
+    What they leave there is gone when the next result is asked for.
+    """
+    groups = (partial(_together, group, buffers) for group in _grouped(jobs))
+    with closing(tensors_in_order(groups, threads)) as done:
+        for buffer, results in done:
+            yield from results
+            buffers.give_back(buffer)
 
 
-def _grouped(
-    jobs: Iterable[Callable[[], T]], sizes: Iterable[int]
-) -> Iterator[list[Callable[[], T]]]:
-    group: list[Callable[[], T]] = []
+def _grouped(jobs: Iterable[tuple[int, S]]) -> Iterator[list[tuple[int, S]]]:
+    """Jobs and their bytes, in lists of at least a `GROUP` of bytes."""
+    group: list[tuple[int, S]] = []
     held = 0
-    for job, size in zip(jobs, sizes, strict=True):
+    for job in jobs:
         group.append(job)
-        held += size
+        held += job[0]
         if held >= GROUP:
             yield group
             group, held = [], 0
@@ -68,36 +92,123 @@ def _grouped(
         yield group
 
 
-def slices(tensor: Tensor) -> Iterator[Tensor]:
+def _each(jobs: Sequence[tuple[int, Callable[[], T]]]) -> list[T]:
+    return [job() for _, job in jobs]
+
+
+def _together(jobs: Sequence[Job[T]], buffers: Buffers) -> tuple[Array, list[T]]:
+    sizes = [nbytes for nbytes, _ in jobs]
+    buffer = buffers.take(room(sizes))
+    return buffer, [job(m) for (_, job), m in zip(jobs, pieces(buffer, sizes), strict=True)]
+
+
+def room(sizes: Iterable[int]) -> int:
+    """The bytes that `pieces` of these sizes take."""
+    return sum(-(-nbytes // _LINE) * _LINE for nbytes in sizes)
+
+
+def pieces(memory: Array, sizes: Sequence[int]) -> list[Array]:
+    """Memory in pieces of so many bytes, each from where numbers of all types may begin."""
+    firsts = (room(sizes[:i]) for i in range(len(sizes)))
+    return [memory[first : first + nbytes] for first, nbytes in zip(firsts, sizes, strict=True)]
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def _one_core_each() -> Iterator[Callable[[], None]]:
+    """What each thread has to call so that torch starts no others in it."""
+    if "torch" not in sys.modules:  # nor has anything else that starts threads of its own
+        yield _nothing
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield partial(torch.set_num_threads, 1)
+    finally:
+        torch.set_num_threads(before)  # for threads to come; it was set in those alone that ended
+
+
+class Buffers:
+    """Memory that is used again: fresh memory costs a fault for every page of it, which takes
+    longer than to read a file into it.
+
+    There are never more than were in use at once. Threads may share them.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Array] = []
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> Array:
+        """At least so many bytes, with whatever was in them."""
+        import numpy as np
+
+        with self._lock:
+            self._free.sort(key=len)
+            if self._free and len(largest := self._free.pop()) >= nbytes:
+                return largest
+        return np.empty(nbytes, np.uint8)  # in large pages, which torch's own memory is not
+
+    def give_back(self, buffer: Array) -> None:
+        """Nobody may look at it any more."""
+        with self._lock:
+            self._free.append(buffer)
+
+    @contextmanager
+    def lent(self, nbytes: int) -> Iterator[Array]:
+        buffer = self.take(nbytes)
+        try:
+            yield buffer
+        finally:
+            self.give_back(buffer)
+
+
+def slices(tensor: A) -> Iterator[A]:
     """The tensor in parts of whole rows (along the first axis), as many as make a slice.
 
     A vector is cut anywhere, and a row is never cut, however long.
     """
-    if not tensor.numel():
+    numel = math.prod(tensor.shape)
+    if not numel:
         return
-    rows = tensor.reshape(-1) if tensor.ndim < 2 else tensor
-    step = max(1, SLICE * len(rows) // tensor.numel())
+    rows: Any = tensor.reshape(-1) if tensor.ndim < 2 else tensor
+    step = max(1, SLICE * len(rows) // numel)
     for first in range(0, len(rows), step):
         yield rows[first : first + step]
 
 
-def bits(tensor: Tensor) -> NDArray[Any]:
+def bits(tensor: Tensor | Array) -> Array:
     """The numbers of a CPU tensor as signed integers of their width, flat; a view if it can be."""
+    import numpy as np
+
+    if isinstance(tensor, np.ndarray):
+        return tensor.reshape(-1).view(f"i{tensor.itemsize}")
     import torch
 
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = tensor.detach().contiguous().reshape(-1)
-    array: NDArray[Any] = flat.view(integers[tensor.element_size()]).numpy()
+    array: Array = flat.view(integers[tensor.element_size()]).numpy()
     return array
 
 
-def is_zero(tensor: Tensor) -> NDArray[np.bool_]:
+def magnitudes(tensor: Tensor | Array) -> Array:
+    """The bits of |x| of a float tensor, flat: integers that grow with it."""
+    numbers = bits(tensor)
+    low: Array = numbers & numbers.dtype.type((1 << 8 * numbers.itemsize - 1) - 1)
+    return low
+
+
+def is_zero(tensor: Tensor | Array) -> NDArray[np.bool_]:
     """Where a float tensor is +0.0 or -0.0, flat."""
-    mask: NDArray[np.bool_] = bits(tensor) << 1 == 0  # all but the sign
+    mask: NDArray[np.bool_] = magnitudes(tensor) == 0
     return mask
 
 
-def zero_out(tensor: Tensor, keep: NDArray[np.bool_]) -> None:
+def zero_out(tensor: Tensor | Array, keep: NDArray[np.bool_]) -> None:
     """Make +0.0, in place, of every number of a contiguous tensor that is not kept; `keep` is flat.
 
     As integers, because a negative number times 0 is -0.0.
@@ -106,12 +217,12 @@ def zero_out(tensor: Tensor, keep: NDArray[np.bool_]) -> None:
     numbers *= keep
 
 
-def all_finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor | Array) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
-    if not tensor.is_floating_point():
-        return True
-    for part in slices(tensor):
-        low, high = part.aminmax() if part.element_size() > 1 else part.float().aminmax()
-        if not (math.isfinite(low) and math.isfinite(high)):  # NaN becomes both
-            return False
-    return True
+    limit = _NOT_FINITE.get(type_name(tensor))
+    return limit is None or all(int(magnitudes(p).max()) < limit for p in slices(tensor))
+
+
+def type_name(tensor: Tensor | Array) -> str:
+    """Of its numbers: the same for torch and numpy."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -86,10 +87,34 @@ class Manifest(_Record):
 
 
 class Bundle:
-    """An opened bundle: its directory, its manifest and the digest of that manifest."""
+    """An opened bundle: its directory, its manifest and the digest of that manifest.
 
-    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
-        self.path, self.manifest, self.digest = path, manifest, digest
+    `outline` is the manifest but for its `files`, which of a source are hashed when they are first
+    asked for: that takes as long as reading the model, and may be done `beside` something else.
+    """
+
+    def __init__(self, path: Path, outline: Manifest, digest: str | None = None) -> None:
+        self.path, self.outline = path, outline
+        self._whole = (outline, digest) if digest else None
+        self._hashing = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._sealed()[0]
+
+    @property
+    def digest(self) -> str:
+        return self._sealed()[1]
+
+    def _sealed(self) -> tuple[Manifest, str]:
+        with self._hashing:
+            if self._whole is None:
+                names = [f.relative_to(self.path).as_posix() for f in model_files(self.path)]
+                files = _records(self.path, names)
+                manifest = self.outline.model_copy(update={"files": files})
+                digest = hashlib.sha256(_manifest_bytes(manifest)).hexdigest()
+                self._whole = manifest, digest
+            return self._whole
 
     @classmethod
     def open(cls, path: Path, stages: Sequence[Stage] = ()) -> Bundle:
@@ -128,11 +153,8 @@ class Bundle:
         Nothing is written: the manifest exists in memory only, with the digest of each file the
         pipeline needs.
         """
-        files = _records(
-            directory, [f.relative_to(directory).as_posix() for f in model_files(directory)]
-        )
-        manifest = Manifest(stage="source", parent=None, source=source, tools={}, files=files)
-        return cls(directory, manifest, hashlib.sha256(_manifest_bytes(manifest)).hexdigest())
+        model_files(directory)  # what is no pipeline is refused here
+        return cls(directory, Manifest(stage="source", parent=None, source=source, tools={}))
 
     def check_files(self) -> None:
         """Hash every file and compare with the manifest.
@@ -252,17 +274,13 @@ def write_json(path: Path, data: object) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
-        return _file_digest(f)
-
-
-def _file_digest(f: Any) -> str:
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 22))
-    while n := f.readinto(buffer):
-        digest.update(buffer[:n])
-        if leaving():
-            raise InterruptedError
+    buffer = memoryview(bytearray(1 << 18))  # bytes: what is read is hashed while in the cache
+    with path.open("rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            digest.update(buffer[:n])
+            if leaving():
+                raise InterruptedError
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import IO, TypeVar
 H = TypeVar("H", bound="HashedFile")
 # Bytes at once: they are still in the cache when they are hashed, and the kernel, given several
 # megabytes, takes up to ten times as long, since it looks for as much memory in one piece.
-_SLICE = 1 << 20
+_SLICE = 1 << 18
 _WRITE_OUT = 1 << 26  # bytes
 _SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h
 

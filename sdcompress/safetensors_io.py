@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sdcompress.bits import all_finite
+from sdcompress.bits import Array, Buffers, all_finite, bits, slices, type_name
 from sdcompress.errors import InputError
 from sdcompress.hashed_file import HashedFile
 
@@ -120,59 +120,88 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     return TensorInfo(path, name, dtype, shape, start + begin, end - begin)
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """The tensor as a private torch copy, in its own dtype and shape.
+def read_array(info: TensorInfo, buffer: Array | None = None) -> Array:
+    """The tensor in its own type and shape, as `bits` has it, in a buffer that is large enough.
 
     Raises:
         InputError: the file shrank or cannot be read any more.
     """
-    import numpy as np
-    import torch
+    return _read(info, buffer, lambda part: None)
 
-    dtype = getattr(torch, DTYPES[info.dtype][0])
-    buffer = np.empty(info.nbytes, np.uint8)  # in large pages, which torch's own memory is not
+
+def read_finite(info: TensorInfo, buffer: Array | None = None) -> Array:
+    """`read_array`.
+
+    Raises:
+        InputError: it holds NaN or infinity, too.
+    """
+
+    def check(part: Array) -> None:
+        if not all_finite(part):
+            raise InputError(
+                f"{info.file}: {info.name} holds NaN or infinite weights; "
+                "use a checkpoint that makes pictures (fp16 conversions of fp32 can overflow)"
+            )
+
+    return _read(info, buffer, check)
+
+
+def _read(info: TensorInfo, buffer: Array | None, look: Callable[[Array], None]) -> Array:
+    """The tensor; `look` has each part of it while it is in the cache."""
+    memory = Buffers().take(info.nbytes) if buffer is None else buffer
+    flat: Array = memory[: info.nbytes].view(_numpy_dtype(DTYPES[info.dtype][0]))
     try:
         with info.file.open("rb", buffering=0) as f:
             f.seek(info.offset)
-            n = _read_into(f, buffer.data)
+            for part in slices(flat):
+                if not _fill(part.view("u1"), f):
+                    raise InputError(
+                        f"{info.file}: it shrank while being read; is something writing to it?"
+                    )
+                look(part)
     except OSError as e:
         raise InputError(f"{info.file}: cannot be read ({e.strerror}); check the disk") from e
-    if n != info.nbytes:
-        raise InputError(f"{info.file}: it shrank while being read; is something writing to it?")
-    if not info.nbytes:  # of which torch makes no view
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.from_numpy(buffer).view(dtype).reshape(info.shape)
+    return flat.reshape(info.shape)
 
 
-def _read_into(f: IO[bytes], buffer: memoryview) -> int:
-    """Fill the buffer as far as the file goes; one call of the system gives 2 GB at most."""
+def _fill(buffer: Array, f: IO[bytes]) -> bool:
     done = 0
-    while n := f.readinto(buffer[done:]):  # type: ignore[attr-defined]  # of an unbuffered file
+    while done < len(buffer) and (n := f.readinto(buffer[done:].data)):  # type: ignore[attr-defined]
         done += n
-    return done
+    return done == len(buffer)
 
 
-def read_finite(info: TensorInfo) -> Tensor:
-    """Read a tensor.
+def _numpy_dtype(name: str) -> Any:
+    """numpy's type of torch's name; it has none of the shorter floats."""
+    import numpy as np
 
-    Raises:
-        InputError: it holds NaN or infinity.
-    """
-    weight = read_tensor(info)
-    if not all_finite(weight):
-        raise InputError(
-            f"{info.file}: {info.name} holds NaN or infinite weights; "
-            "use a checkpoint that makes pictures (fp16 conversions of fp32 can overflow)"
-        )
-    return weight
+    if not name.startswith(("bfloat", "float8")):
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name))
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The little-endian bytes of a contiguous CPU tensor, without a copy."""
+def read_tensor(info: TensorInfo) -> Tensor:
+    """The tensor as a private torch copy, in its own type and shape; raises as `read_array`."""
+    return as_tensor(read_array(info))
+
+
+def as_tensor(array: Array) -> Tensor:
+    """An array of `read_array` as torch sees it, in the same memory."""
+    import numpy as np
     import torch
 
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # stub's gap
+    dtype = getattr(torch, type_name(array))
+    if not array.size:  # of which torch makes no view
+        return torch.empty(array.shape, dtype=dtype)
+    return torch.from_numpy(array.reshape(-1).view(np.uint8)).view(dtype).reshape(array.shape)
+
+
+def raw_bytes(tensor: Tensor | Array) -> memoryview:
+    """The little-endian bytes of a contiguous CPU tensor, without a copy."""
+    data: Any = bits(tensor).view("u1")
+    return memoryview(data)
 
 
 class StreamWriter(HashedFile):

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdcompress.bits import bits, is_zero, tensors_in_order
+from sdcompress.bits import Array, bits, is_zero, tensors_in_order, type_name
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-Scores = Callable[[], Iterable["Tensor"]]  # of one weight, in slices, anew at every call
+Scored = Iterable["Tensor | Array"]  # the scores of one weight, in slices
+Scores = Callable[[], Scored]  # anew at every call
 Keys = NDArray[Any]
 Mask = NDArray[np.bool_]
 Counts = NDArray[np.int64]
 _BINS, _HALF = 1 << 16, 1 << 15
 _LOWEST = -(1 << 31)
+_AHEAD = 16  # tables of counts, which are small, so that no thread waits for a large weight's
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Cut:
     boundary: int
     ties: int
 
-    def keep(self, scores: Iterable[Tensor]) -> Iterator[Mask]:
+    def keep(self, scores: Scored) -> Iterator[Mask]:
         """The masks of what stays of each slice, flat; slices in the weight's own order."""
         ties = self.ties
         for part in scores:
             keys = _keys(part)
-            lowest, exact = _lowest_kept(self.boundary, part.dtype)
+            lowest, exact = _lowest_kept(self.boundary, type_name(part))
             keep = keys >= lowest
             if ties and exact:
                 gone = np.flatnonzero(keys == lowest)[:ties]
@@ -79,7 +80,7 @@ def find_cuts(scores: Sequence[Scores], zeros: int) -> list[Cut]:
     return cuts
 
 
-def keep_n_of_m(scores: Tensor, n: int, m: int) -> Mask:
+def keep_n_of_m(scores: Tensor | Array, n: int, m: int) -> Mask:
     """The mask, flat, of the `n` highest of every `m` along axis 1; of equal ones the later stay.
 
     A score's rank is how many of its group lie below it. The members of a group are one kernel
@@ -104,7 +105,7 @@ def _later(length: int, group: int, gap: int) -> Mask:
     return mask
 
 
-def groups_above(weight: Tensor, n: int, m: int) -> int:
+def groups_above(weight: Tensor | Array, n: int, m: int) -> int:
     """How many groups of `m` along axis 1 hold more than `n` weights that are not zero."""
     nonzero = ~is_zero(weight)
     step = math.prod(weight.shape[2:])
@@ -117,9 +118,11 @@ def groups_above(weight: Tensor, n: int, m: int) -> int:
 # Keys: integers that sort as scores do.
 
 
-def _keys(scores: Tensor) -> Keys:
+def _keys(scores: Tensor | Array) -> Keys:
     """Flat: of 16-bit floats int16, of all others int32, by way of fp32. -0.0 counts as +0.0."""
-    numbers = bits(scores if _narrow(scores.dtype) else scores.float())
+    if not _narrow(type_name(scores)):
+        scores = scores.astype(np.float32) if isinstance(scores, np.ndarray) else scores.float()
+    numbers = bits(scores)
     if numbers.min(initial=0) >= 0:
         return numbers
     numbers = numbers.copy()  # they are the scores' own bits
@@ -130,23 +133,24 @@ def _keys(scores: Tensor) -> Keys:
     return numbers
 
 
-def _narrow(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize == 2
+def _narrow(dtype: str) -> bool:
+    return dtype in ("float16", "bfloat16")
 
 
 @lru_cache(maxsize=2)
-def _as_wide(dtype: torch.dtype) -> Keys:
+def _as_wide(dtype: str) -> Keys:
     """The key in fp32 of every key of a 16-bit type, lowest first."""
-    import torch
-
-    keys = torch.arange(-_HALF, _HALF, dtype=torch.int32)
-    raw = (keys ^ (keys >> 15 & 0x7FFF)).to(torch.int16)
-    wide = _keys(raw.view(dtype).float())
+    keys = np.arange(-_HALF, _HALF, dtype=np.int32)
+    raw = (keys ^ (keys >> 15 & 0x7FFF)).astype(np.int16)
+    if dtype == "float16":
+        wide = _keys(raw.view(np.float16).astype(np.float32))
+    else:  # the upper half of fp32
+        wide = _keys((raw.astype(np.int32) << 16).view(np.float32))
     wide[_HALF - 1] = -1  # that of -0.0, which no score has; it must not pass for that of +0.0
     return wide
 
 
-def _lowest_kept(boundary: int, dtype: torch.dtype) -> tuple[int, bool]:
+def _lowest_kept(boundary: int, dtype: str) -> tuple[int, bool]:
     """The lowest key of this type that is not below the boundary, and whether it equals it."""
     if not _narrow(dtype):
         return boundary, True
@@ -162,7 +166,7 @@ def _lowest_kept(boundary: int, dtype: torch.dtype) -> tuple[int, bool]:
 class _Table:
     """How often each digit occurs among the scores of one weight: `counts` from `first` on."""
 
-    dtype: torch.dtype
+    dtype: str
     first: int
     counts: NDArray[np.int32]
 
@@ -174,20 +178,18 @@ class _Table:
 def _counted(scores: Sequence[Scores], high: int | None) -> list[_Table]:
     if len(scores) == 1:  # which some thread may be at work on, beside others
         return [_count(high, scores[0])]
-    return list(tensors_in_order(partial(_count, high, one) for one in scores))
+    return list(tensors_in_order((partial(_count, high, one) for one in scores), ahead=_AHEAD))
 
 
 def _count(high: int | None, scores: Scores) -> _Table:
     """The table of the digits of `_digits`."""
-    import torch
-
-    table, dtype = np.zeros(_BINS, np.int32), torch.float32
+    table, dtype = np.zeros(_BINS, np.int32), "float32"
     for part in scores():
-        dtype = part.dtype if _narrow(part.dtype) else dtype
-        digits = torch.from_numpy(_digits(_keys(part), high))
-        negative = len(digits) > 0 and int(digits.min()) < 0  # of which torch counts none
-        counts = torch.bincount(digits.int() + _HALF if negative else digits).numpy()
-        first = 0 if negative else _HALF
+        dtype = type_name(part) if _narrow(type_name(part)) else dtype
+        digits = _digits(_keys(part), high)
+        lowest = int(digits.min(initial=0))  # of which numpy counts none below zero
+        counts = np.bincount(digits if lowest == 0 else digits.astype(np.int32) - lowest)
+        first = _HALF + lowest
         table[first : first + len(counts)] += counts.astype(np.int32)
     used = np.flatnonzero(table)
     first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
@@ -207,7 +209,7 @@ def _digits(keys: Keys, high: int | None) -> Keys:
 
 def _digit(tables: Sequence[_Table], high: int | None, zeros: int) -> tuple[int, int]:
     """The digit, as `_digits` has it, of the `zeros`-th lowest score; how many have lower ones."""
-    totals: defaultdict[torch.dtype, Counts] = defaultdict(lambda: np.zeros(_BINS, np.int64))
+    totals: defaultdict[str, Counts] = defaultdict(lambda: np.zeros(_BINS, np.int64))
     for table in tables:
         first = table.first + _HALF
         totals[table.dtype][first : first + len(table.counts)] += table.counts

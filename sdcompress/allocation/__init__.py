@@ -8,7 +8,7 @@ one unstructured rule, and `NEEDS`: what has to be recorded of every layer befor
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdcompress.recipe import ComponentRecipe, Recipe, Rule
+    from sdcompress.selection import Scored
 
 LOSS = "loss"
 
@@ -31,7 +32,7 @@ class Evidence(Protocol):
     def weight(self, layer: LayerPlan) -> Tensor:
         """The weight in fp32, in its own shape."""
 
-    def scores(self, layer: LayerPlan) -> Iterator[Tensor]:
+    def scores(self, layer: LayerPlan) -> Scored:
         """What the rule's criterion says of it, in slices of whole rows; only where it scores."""
 
     def statistic(self, layer: LayerPlan, name: str) -> Tensor:
@@ -116,7 +117,7 @@ class _Nothing:
     def weight(self, layer: LayerPlan) -> Tensor:
         raise _UnreadError
 
-    def scores(self, layer: LayerPlan) -> Iterator[Tensor]:
+    def scores(self, layer: LayerPlan) -> Scored:
         raise _UnreadError
 
     def statistic(self, layer: LayerPlan, name: str) -> Tensor:

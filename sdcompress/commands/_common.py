@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from sdcompress.bundle import Bundle
 
 F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, the rest on stderr."
@@ -112,28 +111,17 @@ def picture_options(f: F) -> F:
 
 
 def open_model(model: str, **how: Any) -> Bundle:
-    """A model source, or an existing bundle of weights, as a bundle; its files are hashed."""
+    """A model source, or an existing bundle of weights, whose files are checked, as a bundle."""
     from sdcompress.bundle import MANIFEST, Bundle
     from sdcompress.models.sources import MINI_SD2, resolve
 
     path = Path(model).expanduser()
     if model != MINI_SD2 and (path / MANIFEST).is_file() and not how.get("loras"):
         bundle = Bundle.open(path, stages=("source", "pruned", "tuned"))
-        _while_torch_loads(bundle.check_files)
+        bundle.check_files()
         return bundle
     resolved = resolve(model, **how)
-    return _while_torch_loads(lambda: Bundle.of_source(resolved.directory, resolved.source))
-
-
-def _while_torch_loads(work: Callable[[], T]) -> T:
-    """What `work` gives. Whoever opens a model needs torch, whose import takes one core as long as
-    a large model takes to be hashed."""
-    from sdcompress.parallel import beside
-
-    with beside(work) as done:
-        import torch  # noqa: F401
-
-        return done.result()
+    return Bundle.of_source(resolved.directory, resolved.source)
 
 
 def console() -> Console:
@@ -183,8 +171,10 @@ def bytes_bar(what: str, total: int) -> Iterator[Callable[[str, int], None]]:
 @contextmanager
 def byte_progress(bundle: Bundle) -> Iterator[Callable[[str, int], None]]:
     """A progress bar over bytes of weights, on a terminal only."""
-    files = bundle.manifest.files.items()
-    total = sum(record.size for name, record in files if name.endswith(".safetensors"))
+    from sdcompress.catalog import model_files
+
+    files = model_files(bundle.path)
+    total = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
     with bytes_bar("reading", total) as progress:
         yield progress
 

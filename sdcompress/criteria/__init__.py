@@ -94,8 +94,8 @@ class Criterion:
     (mask, weight). A criterion never chooses groups: `select` turns scores into a mask.
     `group` marks what judges neurons, heads and channels as a whole, and no single weights; it is
     in `shrink`. `compare` says within what scores compete: the whole tensor, or each output row.
-    `elementwise` promises that a score depends on its own weight and nothing else, so that weights
-    may be handed in by the slice.
+    `elementwise` promises that a score depends on its own weight and nothing else, and that `score`
+    takes numpy's arrays (see `bits`) as well as tensors: weights are then handed in by the slice.
     """
 
     needs: frozenset[str] = frozenset()

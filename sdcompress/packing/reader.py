@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from sdcompress.bundle import MANIFEST, Bundle, Manifest, staging
 from sdcompress.errors import InputError, VerificationError
+from sdcompress.hashed_file import HashedFile
 from sdcompress.packing.coding import Bytes, CodingError, decode
 from sdcompress.packing.index import (
     MAX_MANIFEST,
@@ -156,16 +157,15 @@ class Pack:
         jobs = (job for file in files for part in file.parts for job in self.jobs(part))
         with closing(in_order(jobs, threads, ahead=AHEAD)) as chunks:
             for file in files:
-                target, digest = work / file.name, hashlib.sha256()
+                target = work / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 # One thread writes: two that write the same file spend their time waiting.
-                with target.open("xb") as out:
+                with HashedFile(target) as out:
                     for chunk in islice(chunks, sum(len(part.stored) for part in file.parts)):
-                        digest.update(chunk.data)
                         out.write(chunk.data)
                         if progress:
                             progress(file.name, len(chunk))
-                if digest.hexdigest() != manifest.files[file.name].sha256:
+                if out.sha256 != manifest.files[file.name].sha256:
                     raise self._differs(file.name)
 
 

@@ -8,13 +8,15 @@ change the weights that stay), and files in which nothing changes are hard-linke
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdcompress import calibrate
 from sdcompress.allocation import needs
+from sdcompress.bits import Array, slices
 from sdcompress.bundle import (
     Bundle,
     Manifest,
@@ -37,15 +39,14 @@ from sdcompress.calibrate import (
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.criteria import GRADIENTS, STATISTICS, load_criterion
 from sdcompress.errors import SdcompressError, UsageError
+from sdcompress.parallel import beside
 from sdcompress.patterns import UNSTRUCTURED, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
 from sdcompress.prune._decisions import Decisions, Progress
 from sdcompress.prune._write import record_tensor, write_pruned
 from sdcompress.recipe import Recipe
+from sdcompress.safetensors_io import as_tensor
 from sdcompress.structure import RECORD, read_record
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "check",
@@ -95,25 +96,29 @@ def prune(
     if "calibration" in decisive(recipe):
         recipe = recipe.model_copy(update={"calibration": complete(source, recipe.calibration)})
     decisions, calibrator = _look(source, before, catalog, plan, recipe, statistics, progress)
-    ready: dict[tuple[str, str], Tensor] = {}
+    ready: dict[tuple[str, str], Array] = {}
     if calibrator and recipe.calibration.packages > 1:
         ready = _in_packages(decisions, calibrator, plan, recipe, progress)
     calibrator = None  # a model less in memory
 
-    def decide(layer: LayerPlan, weight: Tensor) -> Tensor:
+    def decide(layer: LayerPlan, weight: Array) -> Iterator[Array]:
         decided = ready.pop((layer.component, layer.name), None)
-        return decisions.decide(layer, weight) if decided is None else decided
+        if decided is None:
+            return decisions.decide(layer, weight)
+        weight[...] = decided
+        return slices(weight)
 
     def write() -> None:
-        if not ready:
-            decisions.allocate()
-        with staging(out, replace=replace) as work:
+        with beside(lambda: source.digest), staging(out, replace=replace) as work:
+            if not ready:
+                decisions.allocate()
             resolved, tensors, written = write_pruned(
                 model.path,
                 catalog,
                 plan,
                 work,
                 decide,
+                decisions.buffers,
                 partial(progress, "pruning"),
                 decisions.threads,
             )
@@ -262,7 +267,7 @@ def _in_packages(
     plan: SparsityPlan,
     recipe: Recipe,
     progress: Progress,
-) -> dict[tuple[str, str], Tensor]:
+) -> dict[tuple[str, str], Array]:
     """Decide package after package, each calibrated on what became of those before it.
 
     Every process does so: all go on painting with the same weights.
@@ -271,7 +276,7 @@ def _in_packages(
     decisions.allocate()
     layers = {(p.component, p.name): p for p in plan.layers if p.pruned}
     sizes = [(*key, _bytes(layer, criteria, recipe)) for key, layer in layers.items()]
-    decided: dict[tuple[str, str], Tensor] = {}
+    decided: dict[tuple[str, str], Array] = {}
     parts = packages(sizes, recipe.calibration.packages)
     for number, part in enumerate(parts, 1):
         keys = [(component, name) for component, name, _ in part]
@@ -283,8 +288,9 @@ def _in_packages(
         decisions.statistics = {}  # those of the last package, before there are others
         decisions.statistics = calibrator.record(dict(wanted), progress=told) if wanted else {}
         for key in keys:
-            decided[key] = decisions.decide(layers[key], decisions.read(layers[key]))
-            calibrator.replace(*key, decided[key])
+            decided[key] = decisions.read(layers[key])
+            deque(decisions.decide(layers[key], decided[key]), maxlen=0)
+            calibrator.replace(*key, as_tensor(decided[key]))
     return decided
 
 
@@ -349,7 +355,7 @@ def _structure(model: Bundle) -> dict[str, Any]:
 
 
 def _removed(model: Bundle) -> dict[str, int]:
-    records = read_record(model.manifest.details)
+    records = read_record(model.outline.details)
     return {c: record.parameters_dense - record.parameters for c, record in records.items()}
 
 

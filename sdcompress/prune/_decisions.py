@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.allocation import Group, allocate
-from sdcompress.bits import slices, zero_out
+from sdcompress.bits import Array, Buffers, is_zero, slices, zero_out
 from sdcompress.bundle import Bundle
 from sdcompress.calibrate import exact_device
 from sdcompress.catalog import Catalog
@@ -18,13 +18,13 @@ from sdcompress.errors import InputError
 from sdcompress.patterns import UNSTRUCTURED, Select, keep_mask, keep_masks, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan
 from sdcompress.recipe import Recipe
-from sdcompress.safetensors_io import read_finite
+from sdcompress.safetensors_io import as_tensor, raw_bytes, read_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sdcompress.calibrate import Statistics
-    from sdcompress.selection import Cut
+    from sdcompress.selection import Cut, Scored
 
 Loss = Callable[[str, str, "Tensor"], float]  # component, layer, weight → what it does to the model
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
@@ -61,6 +61,9 @@ class Decisions:
         self._before = {(p.component, p.name) for p in pruned if p.pruned}
         self._zeros: dict[tuple[str, str], int] = {}
         self._cuts: dict[tuple[str, str], Cut] = {}
+        self.buffers = Buffers()
+        if not all(self._takes_arrays(layer) for layer in plan.layers if layer.pruned):
+            import torch  # noqa: F401  # before there are threads, which are to have one core each
 
     def allocate(self) -> None:
         """Settle how many weights go in each layer. Comes before the first decision."""
@@ -72,7 +75,7 @@ class Decisions:
                     (layer,) = group.layers
                     self._zeros[component, layer.name] = group.zeros
                 else:
-                    scores = [partial(self._read_scores, layer) for layer in group.layers]
+                    scores = [partial(self.read_scores, layer) for layer in group.layers]
                     names = [(component, layer.name) for layer in group.layers]
                     cuts = find_cuts(scores, group.zeros)
                     self._cuts |= dict(zip(names, cuts, strict=True))
@@ -84,8 +87,8 @@ class Decisions:
         methods = {layer.criterion for layer in self._plan.layers if layer.pruned}
         return 1 if any(load_criterion(name).solve for name in methods if name) else None
 
-    def decide(self, layer: LayerPlan, weight: Tensor) -> Tensor:
-        """The layer's weight, in its own dtype, with zeros where it is pruned; mostly in place.
+    def decide(self, layer: LayerPlan, weight: Array) -> Iterator[Array]:
+        """Put zeros where the layer is pruned, in place; gives the weight slice by slice.
 
         Raises:
             InputError: the criterion makes of it what its dtype cannot hold.
@@ -93,21 +96,25 @@ class Decisions:
         criterion, pattern = _criterion(layer), parse_pattern(layer.pattern or "")
         key = (layer.component, layer.name)
         if criterion.solve:
-            gone = weight == 0 if key in self._before else None
+            tensor = as_tensor(weight)
+            gone = tensor == 0 if key in self._before else None
             select = Select(pattern, layer.shape, self._zeros[key], gone)
-            return self._solve(criterion, layer, weight, select)
+            solved = self._solve(criterion, layer, tensor, select)
+            raw_bytes(weight)[:] = raw_bytes(solved)
+            yield from slices(weight)
+            return
         for part, keep in zip(slices(weight), self._keep(layer, weight), strict=True):
             zero_out(part, keep)
-        return weight
+            yield part
 
-    def _keep(self, layer: LayerPlan, weight: Tensor) -> Iterator[Any]:
+    def _keep(self, layer: LayerPlan, weight: Array) -> Iterator[Any]:
         """The masks of what stays of each slice of the weight, flat."""
         criterion, pattern = _criterion(layer), parse_pattern(layer.pattern or "")
         key = (layer.component, layer.name)
         if cut := self._cuts.get(key):
             return cut.keep(self.scores(layer, weight))
         if pattern.m is None and criterion.compare == "row":
-            (scores,) = self._scores(layer, [weight])
+            (scores,) = self._scores(layer, [as_tensor(weight)])
             keep = keep_mask(scores, pattern, self._zeros[key], criterion.compare)
             return (part.reshape(-1).numpy() for part in slices(keep))
         return keep_masks(partial(self.scores, layer, weight), pattern, self._zeros[key])
@@ -131,12 +138,20 @@ class Decisions:
             )
         return solved
 
-    def scores(self, layer: LayerPlan, weight: Tensor) -> Iterator[Tensor]:
+    def scores(self, layer: LayerPlan, weight: Array) -> Scored:
         """Higher = keep; the lowest of all where an earlier round has pruned. In slices."""
+        if self._takes_arrays(layer):
+            score: Any = _criterion(layer).score
+            stats = self._stats(layer, "cpu")
+            return (score(part, stats) for part in slices(weight))
         if _criterion(layer).elementwise:
-            return self._scores(layer, slices(weight))
-        (whole,) = self._scores(layer, [weight])
+            return self._scores(layer, map(as_tensor, slices(weight)))
+        (whole,) = self._scores(layer, [as_tensor(weight)])
         return slices(whole)
+
+    def _takes_arrays(self, layer: LayerPlan) -> bool:
+        """Whether scores can be had without torch."""
+        return _criterion(layer).elementwise and (layer.component, layer.name) not in self._before
 
     def _scores(self, layer: LayerPlan, weights: Iterable[Tensor]) -> Iterator[Tensor]:
         score, stats = _criterion(layer).score, self._stats(layer, "cpu")
@@ -147,16 +162,17 @@ class Decisions:
                 scores = scores.masked_fill(weight == 0, -float("inf"))
             yield scores
 
-    def _read_scores(self, layer: LayerPlan) -> Iterator[Tensor]:
-        return self.scores(layer, self.read(layer))
+    def read_scores(self, layer: LayerPlan) -> Iterator[Any]:
+        with self.buffers.lent(self._infos[layer.component, layer.name].nbytes) as buffer:
+            yield from self.scores(layer, self.read(layer, buffer))
 
-    def read(self, layer: LayerPlan) -> Tensor:
-        return read_finite(self._infos[layer.component, layer.name])
+    def read(self, layer: LayerPlan, buffer: Array | None = None) -> Array:
+        return read_finite(self._infos[layer.component, layer.name], buffer)
 
     def gone(self, layer: LayerPlan) -> int:
         """How many weights an earlier round has pruned."""
         known = (layer.component, layer.name) in self._before
-        return int((self.read(layer) == 0).sum()) if known else 0
+        return sum(int(is_zero(part).sum()) for part in slices(self.read(layer))) if known else 0
 
     def measure(self, layer: LayerPlan, weight: Tensor) -> float:
         """What the model loses with this weight in this layer."""
@@ -191,10 +207,10 @@ class _Evidence:
     decisions: Decisions
 
     def weight(self, layer: LayerPlan) -> Tensor:
-        return self.decisions.read(layer).float()
+        return as_tensor(self.decisions.read(layer)).float()
 
-    def scores(self, layer: LayerPlan) -> Iterator[Tensor]:
-        return self.decisions.scores(layer, self.decisions.read(layer))
+    def scores(self, layer: LayerPlan) -> Scored:
+        return self.decisions.read_scores(layer)
 
     def statistic(self, layer: LayerPlan, name: str) -> Tensor:
         return self.decisions.statistics[layer.component][layer.name][name]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdcompress.bits import is_zero, slices, tensors_in_order
+from sdcompress.bits import Array, Buffers, in_memory, is_zero, slices
 from sdcompress.bundle import FileRecord, TensorRecord
 from sdcompress.catalog import Catalog
 from sdcompress.plan import LayerPlan, SparsityPlan
@@ -19,7 +19,8 @@ from sdcompress.safetensors_io import StreamWriter, TensorInfo, raw_bytes, read_
 if TYPE_CHECKING:
     from torch import Tensor
 
-Decide = Callable[[LayerPlan, "Tensor"], "Tensor"]  # a layer's weight → what becomes of it
+# A layer's weight is changed in place, and given again slice by slice.
+Decide = Callable[[LayerPlan, Array], Iterable[Array]]
 Records = dict[str, dict[str, TensorRecord]]
 
 
@@ -29,6 +30,7 @@ def write_pruned(
     plan: SparsityPlan,
     work: Path,
     decide: Decide,
+    buffers: Buffers,
     progress: Callable[[int, int], None],
     threads: int | None = None,
 ) -> tuple[SparsityPlan, Records, dict[str, FileRecord]]:
@@ -48,14 +50,15 @@ def write_pruned(
         for info in header.tensors.values()
     ]
 
-    def make(component: str, info: TensorInfo) -> tuple[Tensor, TensorRecord]:
-        layer, weight = layers.get((component, info.name)), read_finite(info)
-        if pruned := layer is not None and layer.pruned:
-            weight = decide(layer, weight)
-        return weight, record_tensor(weight, info.dtype, pruned=pruned)
+    def make(component: str, info: TensorInfo, memory: Array) -> tuple[Array, TensorRecord]:
+        layer, weight = layers.get((component, info.name)), read_finite(info, memory)
+        if layer is None or not layer.pruned:
+            return weight, record_tensor(weight, info.dtype, pruned=False)
+        return weight, _record(decide(layer, weight), info.dtype, info.shape, pruned=True)
 
-    done, sizes = 0, [info.nbytes for _, info in infos]
-    with closing(tensors_in_order((partial(make, *i) for i in infos), threads, sizes)) as made:
+    done, total = 0, sum(info.nbytes for _, info in infos)
+    jobs = ((info.nbytes, partial(make, component, info)) for component, info in infos)
+    with closing(in_memory(jobs, buffers, threads)) as made:
         for component, shards in catalog.headers.items():
             for header in shards:
                 changes = any(_is_pruned(layers.get((component, n))) for n in header.tensors)
@@ -72,7 +75,7 @@ def write_pruned(
                                 update={"zeros": record.zeros, "sparsity": share}
                             )
                         done += info.nbytes
-                        progress(done, sum(sizes))
+                        progress(done, total)
                 if writer:
                     files[name] = FileRecord(size=writer.size, sha256=writer.sha256)
     resolved = plan.model_copy(update={"layers": tuple(layers.values())})
@@ -83,20 +86,28 @@ def _is_pruned(layer: LayerPlan | None) -> bool:
     return layer is not None and layer.pruned
 
 
-def record_tensor(weight: Tensor, dtype: str, *, pruned: bool) -> TensorRecord:
+def record_tensor(weight: Tensor | Array, dtype: str, *, pruned: bool) -> TensorRecord:
     """The record of a tensor in memory; with `pruned`, its zeros and where they lie."""
-    record = TensorRecord(
-        dtype=dtype,
-        shape=tuple(weight.shape),
-        sha256=hashlib.sha256(raw_bytes(weight)).hexdigest(),
-    )
-    if not pruned:
-        return record
+    return _record(slices(weight), dtype, tuple(weight.shape), pruned=pruned)
+
+
+def _record(
+    parts: Iterable[Tensor | Array], dtype: str, shape: tuple[int, ...], *, pruned: bool
+) -> TensorRecord:
     import numpy as np
 
-    zeros, mask = 0, hashlib.sha256()
-    for part in slices(weight.reshape(-1)):  # of whole bytes of the mask, but for the last one
-        zero = is_zero(part)
-        zeros += int(np.count_nonzero(zero))
-        mask.update(np.packbits(zero).data)
+    digest, zeros, mask, rest = hashlib.sha256(), 0, hashlib.sha256(), np.empty(0, bool)
+    for part in parts:
+        digest.update(raw_bytes(part))
+        if pruned:
+            zero = is_zero(part)
+            zeros += int(np.count_nonzero(zero))
+            zero = np.concatenate([rest, zero]) if len(rest) else zero
+            whole = len(zero) // 8 * 8
+            mask.update(np.packbits(zero[:whole]).data)
+            rest = zero[whole:]  # bits of one byte, which the next part fills
+    mask.update(np.packbits(rest).data)
+    record = TensorRecord(dtype=dtype, shape=shape, sha256=digest.hexdigest())
+    if not pruned:
+        return record
     return record.model_copy(update={"zeros": zeros, "zero_mask_sha256": mask.hexdigest()})

@@ -9,7 +9,7 @@ from sdcompress.calibrate import Statistics, exact_device
 from sdcompress.catalog import Catalog
 from sdcompress.criteria import GRADIENTS, LayerStats, layer_seed, load_criterion
 from sdcompress.errors import InputError
-from sdcompress.safetensors_io import TensorInfo, read_finite
+from sdcompress.safetensors_io import TensorInfo, as_tensor, read_finite
 from sdcompress.shrink import _obs
 from sdcompress.shrink._importance import Removal, order_by_score, scored_parts, unit_scores
 from sdcompress.shrink._plan import Fate
@@ -79,7 +79,7 @@ class Judge:
         return self._read(block, block.consumer).float().to(place), hessian.to(place)
 
     def _read(self, block: Block, tensor: str) -> Tensor:
-        return read_finite(self._infos[block.component, tensor])
+        return as_tensor(read_finite(self._infos[block.component, tensor]))
 
     def _stats(self, block: Block, tensor: str, criterion: str) -> LayerStats:
         seed = layer_seed(self._seed, block.component, tensor)

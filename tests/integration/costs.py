@@ -34,7 +34,7 @@ LATE = (
 
 
 class Held:
-    """Buffers that `read_tensor` has filled and nobody has let go of."""
+    """Memory for tensors (`bits.Buffers`) that nobody has let go of."""
 
     def __init__(self) -> None:
         self.count = self.bytes = self.most = self.most_bytes = 0
@@ -43,7 +43,7 @@ class Held:
 
     def empty(self, *args: Any, **how: Any) -> Any:
         array = self._empty(*args, **how)
-        if sys._getframe(1).f_code.co_name == "read_tensor":
+        if sys._getframe(1).f_code.co_name == "take":
             self.count, self.bytes = self.count + 1, self.bytes + array.nbytes
             self.most = max(self.most, self.count)
             self.most_bytes = max(self.most_bytes, self.bytes)

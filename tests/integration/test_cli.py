@@ -70,6 +70,26 @@ def test_plan_and_list_import_nothing_heavy() -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("allocation", "rule"),
+    [("uniform", "sparsity: 0.5"), ("global", "sparsity: 0.5"), ("uniform", "pattern: 2:4")],
+)
+def test_pruning_by_magnitude_does_not_wait_for_torch(
+    tiny_sd: Path, tmp_path: Path, allocation: str, rule: str
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    section = f"{{allocation: {allocation}, rules: [{{{rule}}}]}}"
+    recipe.write_text(f"name: r\nprune: {{unet: {section}, text_encoder: {section}}}\n")
+    arguments = ["prune", tiny_sd, "--recipe", recipe, "-o", tmp_path / "pruned", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE % (("torch", "diffusers"),), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("kind", ["criteria", "allocations", "backends", "recipes", "models"])
 def test_list_describes_everything(kind: str) -> None:
     items = json.loads(sdcompress("list", kind, "--json").stdout)["items"]

@@ -34,7 +34,7 @@ source = Bundle.of_source(Path(sys.argv[1]), SourceRecord(id="tiny-sd", kind="di
 print(export_bundle(source, Path(sys.argv[2]), dtype="fp32").digest)
 """
 # What a graph is traced with, which takes seconds to load; a known one is not traced.
-SLOW = ("diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch.onnx")
+SLOW = ("diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch")
 
 
 def source_of(directory: Path) -> Bundle:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sdcompress import bundle
 from sdcompress.bundle import (
     MANIFEST,
     Bundle,
+    SourceRecord,
     link_or_copy,
     refuse_existing,
     staging,
@@ -38,6 +41,30 @@ def test_a_bundle_checks_its_files(pruned: Bundle, tmp_path: Path) -> None:
     weights.write_bytes(content)
     with pytest.raises(VerificationError, match="diffusion_pytorch_model.safetensors is not"):
         Bundle.open(copy).check_files()
+
+
+def test_a_source_is_hashed_once_and_not_before_its_files_are_asked_for(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    real = bundle.sha256_file
+    monkeypatch.setattr(bundle, "sha256_file", lambda f: hashed.append(f.name) or real(f))
+    source = Bundle.of_source(tiny_sd, SourceRecord(id="tiny-sd", kind="directory"))
+    assert source.outline.stage == "source"
+    assert source.outline.files == {}
+    assert not hashed
+    with ThreadPoolExecutor(4) as pool:
+        digests = {*pool.map(lambda _: source.digest, range(8))}
+    assert len(digests) == 1
+    assert sorted(hashed) == sorted(Path(name).name for name in source.manifest.files)
+    assert "diffusion_pytorch_model.safetensors" in hashed
+    another = Bundle.of_source(tiny_sd, SourceRecord(id="another", kind="directory"))
+    assert another.digest not in digests
+
+
+def test_a_folder_that_is_no_pipeline_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"model_index\.json"):
+        Bundle.of_source(tmp_path, SourceRecord(id="nothing", kind="directory"))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 2}', "\x00"])

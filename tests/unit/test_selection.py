@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdcompress import bits, patterns, selection
+from sdcompress.criteria import LayerStats, load_criterion
 from sdcompress.patterns import UNSTRUCTURED, Pattern, grouped, keep_mask, violations
+from sdcompress.prune import record_tensor
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -52,6 +56,48 @@ def test_fast_is_plain(
     zeros = int(share * scores.numel())
     fast = keep_mask(scores, pattern, zeros, "tensor")
     assert torch.equal(fast, patterns._keep_by_sorting(scores, pattern, zeros))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(FLOATS[:3]),
+    pattern=st.sampled_from([UNSTRUCTURED, Pattern(2, 4)]),
+    seed=st.integers(0, 2**31),
+    share=st.floats(0, 1),
+)
+def test_arrays_are_pruned_as_tensors_are(
+    dtype: torch.dtype, pattern: Pattern, seed: int, share: float
+) -> None:
+    weight = draw((5, 8, 3, 3), dtype, seed, coarse=True)
+    array = as_array(weight)
+    score = load_criterion("magnitude").score
+    assert score is not None
+    zeros = int(share * weight.numel())
+    of = [
+        patterns.keep_masks(
+            lambda n=n: (score(p, LayerStats()) for p in bits.slices(n)), pattern, zeros
+        )
+        for n in (weight, array)
+    ]
+    tensors, arrays = (np.concatenate(list(masks)) for masks in of)
+    assert tensors.tolist() == arrays.tolist()
+    assert record_tensor(array, "F", pruned=True) == record_tensor(weight, "F", pruned=True)
+
+
+def as_array(tensor: torch.Tensor) -> bits.Array:
+    """In memory of its own, as `read_array` gives it."""
+    name = bits.type_name(tensor)
+    numpy_type = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return bits.bits(tensor).copy().view(numpy_type).reshape(tuple(tensor.shape))
+
+
+def test_a_record_is_of_the_whole_tensor_however_it_is_cut() -> None:
+    weight = draw((7, 13), torch.float16, 3, coarse=True)  # slices of 39 numbers: no whole bytes
+    zero = (weight == 0).numpy()
+    record = record_tensor(weight, "F16", pruned=True)
+    assert record.zeros == int(zero.sum()) > 0
+    assert record.zero_mask_sha256 == hashlib.sha256(np.packbits(zero)).hexdigest()
+    assert record.sha256 == hashlib.sha256(weight.numpy()).hexdigest()
 
 
 @pytest.mark.parametrize("m", range(1, 17))
@@ -204,6 +250,41 @@ def test_threads_of_torch_are_one_each_and_then_what_they_were() -> None:
     assert later == [before]
 
 
+def test_memory_is_used_again_and_no_more_than_was_in_use_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bits, "GROUP", 100)
+    sizes = [70, 70, 300, 10, 10, 10, 10, 500, 400, 90, 60] * 5
+    made = []
+    empty = np.empty
+    monkeypatch.setattr(np, "empty", lambda *a: made.append(a[0]) or empty(*a))
+
+    def job(number: int, memory: bits.Array) -> bits.Array:
+        memory[:] = number
+        return memory
+
+    jobs = [(size, partial(job, i)) for i, size in enumerate(sizes)]
+    for i, found in enumerate(bits.in_memory(jobs, bits.Buffers(), threads=2)):
+        assert found.tolist() == [i] * sizes[i]  # nobody else has written there yet
+    assert len(made) < 4 * 3  # four at once, each of which may have grown
+    monkeypatch.undo()
+    buffers = bits.Buffers()
+    with buffers.lent(10) as first, buffers.lent(20) as second:
+        assert first is not second
+    assert buffers.take(20) is second
+    assert len(buffers.take(20)) == 20  # the smaller one is gone
+
+
+def test_pieces_of_memory_do_not_overlap() -> None:
+    memory = np.zeros(bits.room([3, 0, 64, 65]), np.uint8)
+    parts = bits.pieces(memory, [3, 0, 64, 65])
+    assert [len(part) for part in parts] == [3, 0, 64, 65]
+    for number, part in enumerate(parts):
+        part += number + 1
+    assert np.count_nonzero(memory) == 132
+    assert memory.max() == 4
+
+
 def test_small_tensors_are_done_together_and_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "GROUP", 10)
     sizes = [1, 9, 10, 25, 3, 3]  # four groups: 1 + 9, 10, 25, and what is left
@@ -212,4 +293,4 @@ def test_small_tensors_are_done_together_and_stay_in_order(monkeypatch: pytest.M
     assert [i for i, _ in found] == list(range(6))
     assert found[0][1] == found[1][1]
     assert found[4][1] == found[5][1]
-    assert [len(g) for g in bits._grouped(jobs, sizes)] == [2, 1, 1, 2]
+    assert [len(g) for g in bits._grouped(zip(sizes, jobs, strict=True))] == [2, 1, 1, 2]
