@@ -27,11 +27,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdcompress import __version__
 from sdcompress.catalog import model_files
-from sdcompress.errors import InputError, VerificationError
+from sdcompress.errors import InputError, UsageError, VerificationError
 from sdcompress.parallel import in_order, leaving
 from sdcompress.plan import SparsityPlan
 
 MANIFEST = "manifest.json"
+PACK = b"\x89SDZ\r\n\x1a\n"  # how a bundle in one file begins; after PNG's
 LOG = "log.json"  # times and host facts: outside the digests
 Stage = Literal["source", "pruned", "tuned", "onnx", "engine"]
 
@@ -106,6 +107,9 @@ class Bundle:
     def digest(self) -> str:
         return self._sealed()[1]
 
+    def __reduce__(self) -> tuple[Any, ...]:  # to other processes it goes with its digests
+        return Bundle, (self.path, *self._sealed())
+
     def _sealed(self) -> tuple[Manifest, str]:
         with self._hashing:
             if self._whole is None:
@@ -128,8 +132,11 @@ class Bundle:
             raw = file.read_bytes()
             manifest = Manifest.model_validate_json(raw)
         except OSError as e:
+            if is_pack(path):
+                raise unpack_first(path, "an sdcompress bundle") from e
+            what = f"no readable {MANIFEST}" if path.exists() else "no such file or directory"
             raise InputError(
-                f"{path}: expected an sdcompress bundle, found no readable {MANIFEST}; "
+                f"{path}: expected an sdcompress bundle, found {what}; "
                 "bundles are made by `sdcompress prune`, `export` and `build`"
             ) from e
         except ValidationError as e:
@@ -156,11 +163,11 @@ class Bundle:
         model_files(directory)  # what is no pipeline is refused here
         return cls(directory, Manifest(stage="source", parent=None, source=source, tools={}))
 
-    def check_files(self) -> None:
-        """Hash every file and compare with the manifest.
+    def check_names(self) -> None:
+        """Compare the names of files with the manifest.
 
         Raises:
-            VerificationError: a file is missing, changed or not in the manifest.
+            VerificationError: a file is missing or not in the manifest.
         """
         found = set(_relative_files(self.path))
         if missing := sorted(set(self.manifest.files) - found):
@@ -169,6 +176,14 @@ class Bundle:
             raise VerificationError(
                 f"{self.path}: {extra[0]} is not in the manifest; remove the file"
             )
+
+    def check_files(self) -> None:
+        """Hash every file and compare with the manifest.
+
+        Raises:
+            VerificationError: a file is missing, changed or not in the manifest.
+        """
+        self.check_names()
         found_records = _records(self.path, list(self.manifest.files))
         for name, record in self.manifest.files.items():
             if found_records[name] != record:
@@ -284,6 +299,21 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_pack(path: Path) -> bool:
+    """Whether it is a bundle in one file, which is no bundle to work with."""
+    try:
+        with path.open("rb") as f:
+            return f.read(len(PACK)) == PACK
+    except OSError:
+        return False
+
+
+def unpack_first(path: Path, expected: str) -> InputError:
+    return InputError(
+        f"{path}: expected {expected}, found a pack; run `sdcompress unpack` on it first"
+    )
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link an unchanged file; copy it where the file system cannot link."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -349,9 +379,21 @@ def _relative_files(directory: Path) -> Iterator[str]:
 
 
 def refuse_existing(target: Path) -> None:
-    """InputError where an output cannot be put; asked before slow work."""
+    """Asked before slow work.
+
+    Raises:
+        InputError: there is something already, or nothing can be put there.
+        UsageError: it lies in a bundle.
+    """
     if target.exists():
         raise _taken(target)
+    for folder in target.resolve().parents:
+        with suppress(InputError):  # no bundle
+            bundle = Bundle.open(folder)
+            raise UsageError(
+                f"{target}: lies in the bundle {bundle.path}, which would then hold what its "
+                "manifest does not name; choose an --output elsewhere"
+            )
     there = next((place for place in target.resolve().parents if place.exists()), None)
     if there and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise InputError(

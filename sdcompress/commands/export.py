@@ -110,7 +110,9 @@ def command(
 ) -> None:
     """Export BUNDLE, or any model source, to ONNX with free batch, height and width.
 
-    The result is laid out as optimum's ORT pipelines load it.
+    The result is laid out as optimum's ORT pipelines load it. The first export of an architecture
+    traces it, which takes a while; its graphs are kept in `graphs` in the cache folder, and from
+    then on weights are only filled in.
 
     \b
     Example:

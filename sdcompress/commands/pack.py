@@ -54,7 +54,8 @@ class Output(BaseModel):
 def command(bundle: str, output: Path, as_json: bool) -> None:
     """Pack BUNDLE into one file, as small as its numbers allow; `unpack` gives it back bit for bit.
 
-    Takes every bundle: weights, ONNX, engines; and every model that `prune` takes.
+    Takes every bundle: weights, ONNX, engines; and every model that `prune` takes, of which only
+    the files that a pipeline needs are packed.
 
     \b
     Example:
@@ -107,6 +108,7 @@ def _show(console: Console, result: Output) -> None:
     table.add_row(*_row("everything else", original, packed), "", "")
     table.add_row(*_row("total", result.original_bytes, result.packed_bytes), "", "")
     console.print(table)
+    console.print(f"{result.packed} in {result.seconds:.0f} s")
 
 
 def _row(what: str, original: int, packed: int) -> tuple[str, ...]:

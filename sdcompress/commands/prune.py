@@ -163,6 +163,7 @@ def command(
         console.print(accounting_table(result.accounting))
         for note in result.notes:
             console.print(f"note: {note}")
+        console.print(f"{output} in {result.seconds:.0f} s")
 
     emit(result, as_json, show)
 

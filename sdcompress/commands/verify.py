@@ -41,8 +41,9 @@ def command(bundle: Path, against: Path | None, no_parity: bool, as_json: bool) 
         report = verify_bundle(bundle, against=against, parity=not no_parity)
     emit(report, as_json, lambda console: _show(console, report))
     if not report.passed:
-        failed = next(c for c in report.checks if not c.passed)
-        raise VerificationError(f"{bundle}: {failed.name} failed: {failed.detail}")
+        failed = [c for c in report.checks if not c.passed]
+        others = f"; failed, too: {', '.join(c.name for c in failed[1:])}" if failed[1:] else ""
+        raise VerificationError(f"{bundle}: {failed[0].name} failed: {failed[0].detail}{others}")
 
 
 def _show(console: Console, report: VerifyReport) -> None:

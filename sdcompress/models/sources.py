@@ -18,7 +18,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdcompress.bundle import MANIFEST, Bundle, SourceRecord, sha256_file, staging
+from sdcompress.bundle import (
+    MANIFEST,
+    Bundle,
+    SourceRecord,
+    is_pack,
+    sha256_file,
+    staging,
+    unpack_first,
+)
 from sdcompress.cache import cache_folder
 from sdcompress.catalog import CARRIED
 from sdcompress.errors import InputError, UsageError
@@ -116,6 +124,8 @@ def _find(
     if model == MINI_SD2:
         return _described(_mini_sd2(), MINI_SD2, "mini-sd2")
     if path.is_file():
+        if is_pack(path):
+            raise unpack_first(path, FORMS)
         return _single_file(path, cache, allow_pickle, config)
     if path.is_dir():
         return _directory(path, cache, allow_pickle, variant)

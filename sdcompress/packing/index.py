@@ -14,12 +14,11 @@ from typing import Annotated
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sdcompress.bundle import MANIFEST
+from sdcompress.bundle import MANIFEST, PACK
 from sdcompress.errors import InputError
 from sdcompress.packing.coding import MAX_RATIO
 from sdcompress.safetensors_io import DTYPES
 
-MAGIC = b"\x89SDZ\r\n\x1a\n"
 VERSION = 1
 HEADER = struct.Struct("<8sI")
 TRAILER = struct.Struct("<QQ32s8s")
@@ -131,8 +130,8 @@ def write_index(index: Index) -> bytes:
             "any reader takes; pack its components apart"
         )
     stored = zstandard.ZstdCompressor(level=19).compress(raw)
-    digest = _digest(HEADER.pack(MAGIC, VERSION), stored, len(raw))
-    return stored + TRAILER.pack(len(stored), len(raw), digest, MAGIC)
+    digest = _digest(HEADER.pack(PACK, VERSION), stored, len(raw))
+    return stored + TRAILER.pack(len(stored), len(raw), digest, PACK)
 
 
 def _digest(header: bytes, stored: bytes, raw: int) -> bytes:
@@ -151,8 +150,11 @@ def read_index(path: Path, descriptor: int) -> Index:
     """
     size = os.fstat(descriptor).st_size
     header = os.pread(descriptor, HEADER.size, 0)
-    if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise InputError(f"{path}: expected a file made by `sdcompress pack`, found something else")
+    if len(header) < HEADER.size or not header.startswith(PACK):
+        raise InputError(
+            f"{path}: expected a file made by `sdcompress pack`, found something else of {size} "
+            "bytes; check the path, or get it again"
+        )
     if (version := HEADER.unpack(header)[1]) != VERSION:
         raise InputError(
             f"{path}: expected a pack of version {VERSION}, found {version}; use the sdcompress "
@@ -163,7 +165,7 @@ def read_index(path: Path, descriptor: int) -> Index:
     trailer = os.pread(descriptor, TRAILER.size, size - TRAILER.size)
     length, raw_length, digest, magic = TRAILER.unpack(trailer)
     start = size - TRAILER.size - length
-    if magic != MAGIC or start < HEADER.size:
+    if magic != PACK or start < HEADER.size:
         raise damaged(path, "expected an index at the end, found none")
     if raw_length > min(MAX_INDEX, length * MAX_RATIO):
         raise damaged(path, f"its index claims {raw_length} bytes")

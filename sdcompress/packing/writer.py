@@ -15,12 +15,11 @@ from typing import IO
 
 from pydantic import BaseModel
 
-from sdcompress.bundle import MANIFEST, Bundle, to_json
+from sdcompress.bundle import MANIFEST, PACK, Bundle, refuse_existing, to_json
 from sdcompress.errors import InputError, VerificationError
 from sdcompress.packing.coding import Encoded, encode_guessing, encode_numbers, encode_plain
 from sdcompress.packing.index import (
     HEADER,
-    MAGIC,
     MAX_CHUNK,
     MAX_MANIFEST,
     VERSION,
@@ -116,15 +115,18 @@ def pack(
 
     Raises:
         InputError: `target` exists or cannot be created; the bundle cannot be read.
-        VerificationError: a file is not the one the manifest describes.
+        UsageError: `target` lies in a bundle.
+        VerificationError: a file is missing, not in the manifest, or not the one it describes.
     """
+    if (bundle.path / MANIFEST).is_file():
+        bundle.check_names()
     manifest = _manifest_bytes(bundle)
     names = list(bundle.manifest.files)
     check_names([MANIFEST, *names], bundle.path)
     sections = {name: _sections(bundle, name) for name in names}
     files, sizes = [], []
     with _new_file(target) as out:
-        out.write(HEADER.pack(MAGIC, VERSION))
+        out.write(HEADER.pack(PACK, VERSION))
         first = _Section(0, len(manifest))
         payload = first.encode(manifest).payload
         out.write(payload)
@@ -285,8 +287,7 @@ def _new_file(target: Path) -> Iterator[IO[bytes]]:
 
     It is written beside its place, locked, and renamed; what a killed process left is used again.
     """
-    if target.exists():
-        raise _taken(target)
+    refuse_existing(target)
     work = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -298,8 +299,7 @@ def _new_file(target: Path) -> Iterator[IO[bytes]]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise InputError(f"{target}: another process is just writing it; wait for it") from e
-        if target.exists():  # what we hold may be the very file that process has just renamed
-            raise _taken(target)
+        refuse_existing(target)  # what we hold may be the very file that process has just renamed
         try:
             f.truncate(0)
             yield f
@@ -309,7 +309,3 @@ def _new_file(target: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             work.unlink(missing_ok=True)
             raise
-
-
-def _taken(target: Path) -> InputError:
-    return InputError(f"{target}: already exists; choose another --output or remove it")

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sdcompress.bundle import Bundle
+from sdcompress.criteria import load_criterion
 from sdcompress.prune import prune
 from sdcompress.recipe import Recipe
 
@@ -71,16 +72,20 @@ def test_two_processes_prune_as_one(tiny_source: Bundle, tmp_path: Path) -> None
     assert one.manifest.recipe == two.manifest.recipe
     assert one.manifest.plan is not None
     criterion = {(p.component, p.name): p.criterion for p in one.manifest.plan.layers if p.pruned}
-    weights, differing = Counter[str](), Counter[str]()
+    decisions, differing = Counter[str](), Counter[str]()
     for component, file in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
         path = f"{component}/{file}.safetensors"
         a, b = (load_file(bundle.path / path) for bundle in (one, two))
         for name, w in a.items():
             if chosen := criterion.get((component, name)):
-                weights[chosen] += w.numel()
-                differing[chosen] += int(((w == 0) != (b[name] == 0)).sum())
+                other = (w == 0) != (b[name] == 0)
+                if load_criterion(chosen).solve:  # what goes first in a row decides on the rest
+                    other = other.flatten(1).any(1)
+                decisions[chosen] += other.numel()
+                differing[chosen] += int(other.sum())
             else:
                 assert w.equal(b[name])
-    assert set(weights) == CRITERIA
-    for chosen in CRITERIA:
-        assert differing[chosen] < 1e-4 * weights[chosen], chosen
+    assert set(decisions) == CRITERIA
+    for chosen in CRITERIA:  # sums in another order turn a near tie around now and then
+        most = 5e-3 if load_criterion(chosen).solve else 1e-4
+        assert differing[chosen] < most * decisions[chosen], (chosen, differing, decisions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from sdcompress import bundle
 from sdcompress.bundle import (
     MANIFEST,
+    PACK,
     Bundle,
     SourceRecord,
     link_or_copy,
@@ -18,7 +20,8 @@ from sdcompress.bundle import (
     staging,
     write_text,
 )
-from sdcompress.errors import InputError, VerificationError
+from sdcompress.errors import InputError, UsageError, VerificationError
+from sdcompress.models.sources import resolve
 
 
 def test_a_bundle_checks_its_files(pruned: Bundle, tmp_path: Path) -> None:
@@ -58,6 +61,9 @@ def test_a_source_is_hashed_once_and_not_before_its_files_are_asked_for(
     assert len(digests) == 1
     assert sorted(hashed) == sorted(Path(name).name for name in source.manifest.files)
     assert "diffusion_pytorch_model.safetensors" in hashed
+    monkeypatch.setattr(bundle, "sha256_file", None)
+    assert pickle.loads(pickle.dumps(source)).digest == source.digest
+    monkeypatch.undo()
     another = Bundle.of_source(tiny_sd, SourceRecord(id="another", kind="directory"))
     assert another.digest not in digests
 
@@ -168,3 +174,25 @@ def test_linking_follows_links_to_the_file(tmp_path: Path) -> None:
     link_or_copy(tmp_path / "snapshot", tmp_path / "bundle" / "file")
     assert not (tmp_path / "bundle" / "file").is_symlink()
     assert (tmp_path / "bundle" / "file").samefile(tmp_path / "blob")
+
+
+def test_nothing_is_put_into_a_bundle(pruned: Bundle) -> None:
+    for inside in ("new", "unet/new", "a/b/c"):
+        with pytest.raises(UsageError, match=r"lies in the bundle .* choose an --output elsewhere"):
+            refuse_existing(pruned.path / inside)
+    pruned.check_files()
+
+
+def test_a_manifest_of_something_else_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"name": "an extension of a browser"}')
+    refuse_existing(tmp_path / "new")
+
+
+def test_what_is_no_bundle_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found no such file or directory"):
+        Bundle.open(tmp_path / "nowhere")
+    (tmp_path / "m.sdz").write_bytes(PACK)
+    with pytest.raises(InputError, match="found a pack; run `sdcompress unpack` on it first"):
+        Bundle.open(tmp_path / "m.sdz")
+    with pytest.raises(InputError, match="expected mini-sd2, .* found a pack; run"):
+        resolve(str(tmp_path / "m.sdz"))
