@@ -36,6 +36,7 @@ from sdcompress.bundle import (
     Manifest,
     TensorRecord,
     carry_over,
+    proving,
     seal,
     staging,
     tool_versions,
@@ -43,7 +44,6 @@ from sdcompress.bundle import (
 from sdcompress.catalog import read_catalog, read_config
 from sdcompress.errors import InputError, UsageError
 from sdcompress.hashed_file import HashedFile
-from sdcompress.parallel import beside
 from sdcompress.prune import record_tensor
 from sdcompress.safetensors_io import TensorInfo, as_tensor, raw_bytes, read_finite
 from sdcompress.structure import RECORD
@@ -110,7 +110,7 @@ def export_bundle(
     if keep_fp32 and dtype != "fp16":
         raise UsageError(f"{dtype} needs no layer kept in fp32; leave out the ranges")
     known: dict[str, FileRecord] = {}
-    with beside(lambda: source.digest), staging(out, replace=replace) as work:
+    with proving(source), staging(out, replace=replace) as work:
         for component in components:
             progress(f"tracing {component}", 0)
             model = MODEL_OF[component]

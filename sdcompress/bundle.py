@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sdcompress import __version__
 from sdcompress.catalog import model_files
 from sdcompress.errors import InputError, UsageError, VerificationError
-from sdcompress.parallel import in_order, leaving
+from sdcompress.parallel import beside, in_order, leaving
 from sdcompress.plan import SparsityPlan
 
 MANIFEST = "manifest.json"
@@ -90,39 +90,49 @@ class Manifest(_Record):
 class Bundle:
     """An opened bundle: its directory, its manifest and the digest of that manifest.
 
-    `outline` is the manifest but for its `files`, which of a source are hashed when they are first
-    asked for: that takes as long as reading the model, and may be done `beside` something else.
+    `outline` is what is known at once: the manifest, but of a source without `files`, which have to
+    be hashed first. That takes as long as reading the model, and is done when `manifest` or `digest`
+    are first asked for: see `proving`. So is the check of a bundle that was opened to be checked.
     """
 
-    def __init__(self, path: Path, outline: Manifest, digest: str | None = None) -> None:
+    def __init__(
+        self, path: Path, outline: Manifest, digest: str | None = None, *, checked: bool = True
+    ) -> None:
         self.path, self.outline = path, outline
-        self._whole = (outline, digest) if digest else None
-        self._hashing = threading.Lock()
+        self._digest, self._proven = digest, digest is not None and checked
+        self._proving = threading.Lock()
 
     @property
     def manifest(self) -> Manifest:
-        return self._sealed()[0]
+        self._prove()
+        return self.outline
 
     @property
     def digest(self) -> str:
-        return self._sealed()[1]
+        self._prove()
+        assert self._digest is not None
+        return self._digest
 
     def __reduce__(self) -> tuple[Any, ...]:  # to other processes it goes with its digests
-        return Bundle, (self.path, *self._sealed())
+        return Bundle, (self.path, self.manifest, self.digest)
 
-    def _sealed(self) -> tuple[Manifest, str]:
-        with self._hashing:
-            if self._whole is None:
+    def _prove(self) -> None:
+        with self._proving:
+            if self._proven:
+                return
+            if self._digest is None:
                 names = [f.relative_to(self.path).as_posix() for f in model_files(self.path)]
                 files = _records(self.path, names)
-                manifest = self.outline.model_copy(update={"files": files})
-                digest = hashlib.sha256(_manifest_bytes(manifest)).hexdigest()
-                self._whole = manifest, digest
-            return self._whole
+                self.outline = self.outline.model_copy(update={"files": files})
+                self._digest = hashlib.sha256(_manifest_bytes(self.outline)).hexdigest()
+            else:
+                self._compare()
+            self._proven = True
 
     @classmethod
-    def open(cls, path: Path, stages: Sequence[Stage] = ()) -> Bundle:
-        """Read the manifest; the files are checked by `check_files` or `verify`.
+    def open(cls, path: Path, stages: Sequence[Stage] = (), *, check: bool = False) -> Bundle:
+        """Read the manifest; the files are checked by `check_files` or `verify`, or with `check`
+        before `manifest` or `digest` are given out.
 
         Raises:
             InputError: no bundle, a manifest of another version, or not one of `stages`.
@@ -151,7 +161,7 @@ class Bundle:
                 f"{path}: expected a bundle of stage {' or '.join(stages)}, found "
                 f"{manifest.stage}; {_next(manifest.stage, stages)}"
             )
-        return cls(path, manifest, hashlib.sha256(raw).hexdigest())
+        return cls(path, manifest, hashlib.sha256(raw).hexdigest(), checked=not check)
 
     @classmethod
     def of_source(cls, directory: Path, source: SourceRecord) -> Bundle:
@@ -163,19 +173,22 @@ class Bundle:
         model_files(directory)  # what is no pipeline is refused here
         return cls(directory, Manifest(stage="source", parent=None, source=source, tools={}))
 
-    def check_names(self) -> None:
-        """Compare the names of files with the manifest.
+    def check_listing(self) -> None:
+        """Compare the names of files, and their sizes, with the manifest.
 
         Raises:
-            VerificationError: a file is missing or not in the manifest.
+            VerificationError: a file is missing, longer or shorter, or not in the manifest.
         """
-        found = set(_relative_files(self.path))
-        if missing := sorted(set(self.manifest.files) - found):
+        found, named = set(_relative_files(self.path)), set(self.outline.files)
+        if missing := sorted(named - found):
             raise VerificationError(f"{self.path}: {missing[0]} is missing; make the bundle again")
-        if extra := sorted(found - set(self.manifest.files)):
+        if extra := sorted(found - named):
             raise VerificationError(
                 f"{self.path}: {extra[0]} is not in the manifest; remove the file"
             )
+        for name, record in self.outline.files.items():
+            if (self.path / name).stat().st_size != record.size:
+                raise self._changed(name)
 
     def check_files(self) -> None:
         """Hash every file and compare with the manifest.
@@ -183,14 +196,35 @@ class Bundle:
         Raises:
             VerificationError: a file is missing, changed or not in the manifest.
         """
-        self.check_names()
-        found_records = _records(self.path, list(self.manifest.files))
-        for name, record in self.manifest.files.items():
-            if found_records[name] != record:
-                raise VerificationError(
-                    f"{self.path}: {name} is not the file the manifest describes; "
-                    "make the bundle again"
-                )
+        if self._proven:
+            self._compare()
+        self._prove()
+
+    def _compare(self) -> None:
+        self.check_listing()
+        found = _records(self.path, list(self.outline.files))
+        for name, record in self.outline.files.items():
+            if found[name] != record:
+                raise self._changed(name)
+
+    def _changed(self, name: str) -> VerificationError:
+        return VerificationError(
+            f"{self.path}: {name} is not the file the manifest describes; make the bundle again"
+        )
+
+
+@contextmanager
+def proving(source: Bundle) -> Iterator[None]:
+    """Hash or check the files of `source` beside the block, which has to ask for its digest.
+
+    Files that were damaged are said to be so, whatever else the block found wrong with them.
+    """
+    try:
+        with beside(lambda: source.digest):
+            yield
+    except InputError:
+        source.check_files()
+        raise
 
 
 _ORDER: tuple[Stage, ...] = ("source", "pruned", "tuned", "onnx", "engine")

@@ -101,10 +101,10 @@ def check(source: Bundle, recipe: Recipe, tables: Tables | None = None) -> Spars
     plan = check_recipe(recipe, read_catalog(source.path), tables)
     if recipe.schedule.tune:
         narrower = [c for c, section in recipe.prune.items() if section.structure]
-        if source.manifest.plan is not None:
+        if source.outline.plan is not None:
             raise UsageError(
                 f"{source.path}: expected a dense model, which tuning between rounds learns from, "
-                f"found a {source.manifest.stage} bundle; prune the model it was made from"
+                f"found a {source.outline.stage} bundle; prune the model it was made from"
             )
         tuning.check(plan, recipe.schedule.tune, narrower)
     return plan

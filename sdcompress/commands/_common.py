@@ -110,15 +110,22 @@ def picture_options(f: F) -> F:
     return f
 
 
-def open_model(model: str, **how: Any) -> Bundle:
-    """A model source, or an existing bundle of weights, whose files are checked, as a bundle."""
+def open_model(model: str, *, check_now: bool = True, **how: Any) -> Bundle:
+    """A model source, or an existing bundle of weights, as a bundle.
+
+    What is in the files of a bundle is checked now, or else before its digest is given out, which
+    is for commands that ask for it before they finish anything.
+    """
     from sdcompress.bundle import MANIFEST, Bundle
     from sdcompress.models.sources import MINI_SD2, resolve
 
     path = Path(model).expanduser()
     if model != MINI_SD2 and (path / MANIFEST).is_file() and not how.get("loras"):
-        bundle = Bundle.open(path, stages=("source", "pruned", "tuned"))
-        bundle.check_files()
+        bundle = Bundle.open(path, stages=("source", "pruned", "tuned"), check=True)
+        if check_now:
+            bundle.check_files()
+        else:
+            bundle.check_listing()
         return bundle
     resolved = resolve(model, **how)
     return Bundle.of_source(resolved.directory, resolved.source)

@@ -132,7 +132,7 @@ def command(
         raise UsageError("--steps and --guidance are for --calibrate; give it a number of pictures")
     refuse_existing(output)
     ranges = _read(keep_fp32)
-    source = open_model(bundle, **how)
+    source = open_model(bundle, check_now=bool(pictures), **how)
     if pictures:
         chosen = [(prompts or PROMPTS)[i % len(prompts or PROMPTS)] for i in range(pictures)]
         found = _calibrate(source, chosen, steps, guidance)

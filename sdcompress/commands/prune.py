@@ -134,7 +134,7 @@ def command(
     loaded, given = with_tables(with_budgets(load_recipe(recipe), budgets), tables)
     loaded = _with_calibration(loaded, prompts, calibration_count, asked)
     loaded = _with_schedule(loaded, rounds, tune_steps)
-    source = open_model(model, **how)
+    source = open_model(model, check_now=False, **how)
     refuse_existing(output)
     check(source, loaded, given)  # before anything is measured
     measured = measure_missing(source, loaded, given, fresh=fresh)

@@ -119,7 +119,7 @@ def pack(
         VerificationError: a file is missing, not in the manifest, or not the one it describes.
     """
     if (bundle.path / MANIFEST).is_file():
-        bundle.check_names()
+        bundle.check_listing()
     manifest = _manifest_bytes(bundle)
     names = list(bundle.manifest.files)
     check_names([MANIFEST, *names], bundle.path)

@@ -21,6 +21,7 @@ from sdcompress.bundle import (
     Bundle,
     Manifest,
     link_files,
+    proving,
     refuse_existing,
     seal,
     staging,
@@ -39,7 +40,6 @@ from sdcompress.calibrate import (
 from sdcompress.catalog import Catalog, read_catalog
 from sdcompress.criteria import GRADIENTS, STATISTICS, load_criterion
 from sdcompress.errors import SdcompressError, UsageError
-from sdcompress.parallel import beside
 from sdcompress.patterns import UNSTRUCTURED, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan, make_plan, shortfalls
 from sdcompress.prune._decisions import Decisions, Progress
@@ -109,7 +109,7 @@ def prune(
         return slices(weight)
 
     def write() -> None:
-        with beside(lambda: source.digest), staging(out, replace=replace) as work:
+        with proving(source), staging(out, replace=replace) as work:
             if not ready:
                 decisions.allocate()
             resolved, tensors, written = write_pruned(

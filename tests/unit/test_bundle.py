@@ -16,6 +16,7 @@ from sdcompress.bundle import (
     Bundle,
     SourceRecord,
     link_or_copy,
+    proving,
     refuse_existing,
     staging,
     write_text,
@@ -66,6 +67,54 @@ def test_a_source_is_hashed_once_and_not_before_its_files_are_asked_for(
     monkeypatch.undo()
     another = Bundle.of_source(tiny_sd, SourceRecord(id="another", kind="directory"))
     assert another.digest not in digests
+
+
+def _copy(bundle: Bundle, target: Path) -> Path:
+    shutil.copytree(bundle.path, target)
+    return target / "unet/diffusion_pytorch_model.safetensors"
+
+
+def _flip(weights: Path) -> None:
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+
+def test_a_bundle_may_be_checked_later_and_gives_no_digest_before(
+    pruned: Bundle, tmp_path: Path
+) -> None:
+    weights = _copy(pruned, tmp_path / "copy")
+    whole = Bundle.open(tmp_path / "copy", check=True)
+    assert (whole.digest, whole.manifest) == (pruned.digest, pruned.manifest)
+    _flip(weights)
+    changed = Bundle.open(tmp_path / "copy", check=True)
+    assert changed.outline == pruned.manifest
+    changed.check_listing()
+    for ask in (lambda: changed.digest, lambda: changed.manifest, changed.check_files):
+        with pytest.raises(VerificationError, match=r"safetensors is not the file the manifest"):
+            ask()
+
+
+def test_what_was_damaged_is_said_whatever_came_of_it(pruned: Bundle, tmp_path: Path) -> None:
+    weights = _copy(pruned, tmp_path / "copy")
+    with (
+        pytest.raises(InputError, match="something else"),
+        proving(Bundle.open(tmp_path / "copy", check=True)),
+    ):
+        raise InputError("something else")
+    _flip(weights)
+    with (
+        pytest.raises(VerificationError, match="is not the file the manifest describes"),
+        proving(Bundle.open(tmp_path / "copy", check=True)),
+    ):
+        raise InputError("NaN")
+
+
+def test_a_file_that_was_cut_is_found_without_reading_it(pruned: Bundle, tmp_path: Path) -> None:
+    weights = _copy(pruned, tmp_path / "copy")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(VerificationError, match="is not the file the manifest describes"):
+        Bundle.open(tmp_path / "copy").check_listing()
 
 
 def test_a_folder_that_is_no_pipeline_is_no_source(tmp_path: Path) -> None:
