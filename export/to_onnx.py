@@ -36,7 +36,6 @@ from sdcompress.bundle import (
     Manifest,
     TensorRecord,
     carry_over,
-    proving,
     seal,
     staging,
     tool_versions,
@@ -110,7 +109,7 @@ def export_bundle(
     if keep_fp32 and dtype != "fp16":
         raise UsageError(f"{dtype} needs no layer kept in fp32; leave out the ranges")
     known: dict[str, FileRecord] = {}
-    with proving(source), staging(out, replace=replace) as work:
+    with staging(out, replace=replace) as work:
         for component in components:
             progress(f"tracing {component}", 0)
             model = MODEL_OF[component]
@@ -166,6 +165,8 @@ def _carry_over(source: Bundle, components: Sequence[str], work: Path) -> dict[s
         targets[f"{MODEL_OF[component]}/config.json"] = f"{component}/config.json"
     records = {}
     for name, target in targets.items():
+        if name not in source.manifest.files:
+            raise InputError(f"{source.path}: expected {name}, found none; make the model again")
         carry_over(source, name, work / target)
         records[target] = source.manifest.files[name]
     return records

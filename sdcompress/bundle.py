@@ -90,9 +90,9 @@ class Manifest(_Record):
 class Bundle:
     """An opened bundle: its directory, its manifest and the digest of that manifest.
 
-    `outline` is what is known at once: the manifest, but of a source without `files`, which have to
-    be hashed first. That takes as long as reading the model, and is done when `manifest` or `digest`
-    are first asked for: see `proving`. So is the check of a bundle that was opened to be checked.
+    `outline` is what is known at once: the manifest, but of a source without `files`, which are to
+    be hashed first. That takes as long as reading the model, and is done when `manifest` or
+    `digest` are first asked for (see `proving`). So is the check of a bundle opened with `check`.
     """
 
     def __init__(
@@ -104,19 +104,24 @@ class Bundle:
 
     @property
     def manifest(self) -> Manifest:
-        self._prove()
+        self.prove()
         return self.outline
 
     @property
     def digest(self) -> str:
-        self._prove()
+        self.prove()
         assert self._digest is not None
         return self._digest
 
     def __reduce__(self) -> tuple[Any, ...]:  # to other processes it goes with its digests
         return Bundle, (self.path, self.manifest, self.digest)
 
-    def _prove(self) -> None:
+    def prove(self) -> None:
+        """Hash or check the files, unless that has been done.
+
+        Raises:
+            VerificationError: a file is missing, changed or not in the manifest.
+        """
         with self._proving:
             if self._proven:
                 return
@@ -198,7 +203,7 @@ class Bundle:
         """
         if self._proven:
             self._compare()
-        self._prove()
+        self.prove()
 
     def _compare(self) -> None:
         self.check_listing()
@@ -215,15 +220,17 @@ class Bundle:
 
 @contextmanager
 def proving(source: Bundle) -> Iterator[None]:
-    """Hash or check the files of `source` beside the block, which has to ask for its digest.
+    """Hash or check the files of `source` beside the block, which has to ask for its digest before
+    it finishes anything.
 
-    Files that were damaged are said to be so, whatever else the block found wrong with them.
+    Files of a bundle that were damaged are said to be so, whatever else came of them in the block.
     """
     try:
         with beside(lambda: source.digest):
             yield
-    except InputError:
-        source.check_files()
+    except Exception:
+        if source.outline.files:  # there is something to hold them against
+            source.prove()
         raise
 
 

@@ -76,11 +76,10 @@ def beside(job: Callable[[], T]) -> Iterator[Future[T]]:
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SHORT)
-    try:
-        with _pool(1, lambda: None) as pool:
-            yield pool.submit(job)
-    finally:
-        sys.setswitchinterval(interval)
+    with _pool(1, lambda: None) as pool:
+        done = pool.submit(job)
+        done.add_done_callback(lambda _: sys.setswitchinterval(interval))
+        yield done
 
 
 @contextmanager

@@ -121,7 +121,11 @@ def groups_above(weight: Tensor | Array, n: int, m: int) -> int:
 def _keys(scores: Tensor | Array) -> Keys:
     """Flat: of 16-bit floats int16, of all others int32, by way of fp32. -0.0 counts as +0.0."""
     if not _narrow(type_name(scores)):
-        scores = scores.astype(np.float32) if isinstance(scores, np.ndarray) else scores.float()
+        scores = (
+            scores.astype(np.float32, copy=False)
+            if isinstance(scores, np.ndarray)
+            else scores.float()
+        )
     numbers = bits(scores)
     if numbers.min(initial=0) >= 0:
         return numbers
@@ -143,7 +147,8 @@ def _as_wide(dtype: str) -> Keys:
     keys = np.arange(-_HALF, _HALF, dtype=np.int32)
     raw = (keys ^ (keys >> 15 & 0x7FFF)).astype(np.int16)
     if dtype == "float16":
-        wide = _keys(raw.view(np.float16).astype(np.float32))
+        with np.errstate(invalid="ignore"):  # NaN, which no score is
+            wide = _keys(raw.view(np.float16).astype(np.float32))
     else:  # the upper half of fp32
         wide = _keys((raw.astype(np.int32) << 16).view(np.float32))
     wide[_HALF - 1] = -1  # that of -0.0, which no score has; it must not pass for that of +0.0

@@ -119,7 +119,7 @@ def command(
       sdcompress export mini-sd2 -o onnx --dtype fp32
     """
     from export.to_onnx import export_bundle
-    from sdcompress.bundle import refuse_existing
+    from sdcompress.bundle import proving, refuse_existing
     from sdcompress.errors import UsageError
 
     watch = Stopwatch()
@@ -132,20 +132,21 @@ def command(
         raise UsageError("--steps and --guidance are for --calibrate; give it a number of pictures")
     refuse_existing(output)
     ranges = _read(keep_fp32)
-    source = open_model(bundle, check_now=bool(pictures), **how)
-    if pictures:
-        chosen = [(prompts or PROMPTS)[i % len(prompts or PROMPTS)] for i in range(pictures)]
-        found = _calibrate(source, chosen, steps, guidance)
-        ranges = ranges.merge(found) if ranges else found
-    with byte_progress(source) as progress:
-        made = export_bundle(
-            source,
-            output,
-            dtype=dtype,
-            upcast_attention=upcast_attention,
-            keep_fp32=ranges,
-            progress=progress,
-        )
+    source = open_model(bundle, check_now=False, **how)
+    with proving(source):
+        if pictures:
+            chosen = [(prompts or PROMPTS)[i % len(prompts or PROMPTS)] for i in range(pictures)]
+            found = _calibrate(source, chosen, steps, guidance)
+            ranges = ranges.merge(found) if ranges else found
+        with byte_progress(source) as progress:
+            made = export_bundle(
+                source,
+                output,
+                dtype=dtype,
+                upcast_attention=upcast_attention,
+                keep_fp32=ranges,
+                progress=progress,
+            )
     sizes: dict[str, int] = {}
     for name, record in made.manifest.files.items():
         component = name.partition("/")[0]

@@ -120,7 +120,7 @@ def command(
       sdcompress prune mini-sd2 --recipe sd2-2to4 --rounds 2 --tune-steps 50 -o pruned
       sdcompress prune mini-sd2 --recipe sd2-2to4 --budget macs=0.7 -o pruned
     """
-    from sdcompress.bundle import refuse_existing
+    from sdcompress.bundle import proving, refuse_existing
     from sdcompress.calibrate import is_main_process
     from sdcompress.commands._structure import measure_missing, with_budgets, with_tables
     from sdcompress.plan import account
@@ -136,12 +136,13 @@ def command(
     loaded = _with_schedule(loaded, rounds, tune_steps)
     source = open_model(model, check_now=False, **how)
     refuse_existing(output)
-    check(source, loaded, given)  # before anything is measured
-    measured = measure_missing(source, loaded, given, fresh=fresh)
-    with phase_progress() as progress:
-        bundle = prune_in_rounds(
-            source, loaded, output, tables=measured, fresh=fresh, progress=progress
-        )
+    with proving(source):
+        check(source, loaded, given)  # before anything is measured
+        measured = measure_missing(source, loaded, given, fresh=fresh)
+        with phase_progress() as progress:
+            bundle = prune_in_rounds(
+                source, loaded, output, tables=measured, fresh=fresh, progress=progress
+            )
     if not is_main_process():
         return
     assert bundle.manifest.plan

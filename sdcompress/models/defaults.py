@@ -14,7 +14,7 @@ DISTILLED_STEPS, NO_GUIDANCE = 1, 0.0  # of SD-Turbo, which has the guidance in 
 
 def sampling_defaults(bundle: Bundle) -> dict[str, Any]:
     """`steps`, `guidance`, `height` and `width` (pixels; None is the model's native size)."""
-    if bundle.manifest.source.kind == "mini-sd2":
+    if bundle.outline.source.kind == "mini-sd2":
         steps, guidance = mini_sd2.DEFAULT_STEPS, mini_sd2.DEFAULT_GUIDANCE
     elif _distilled(bundle):
         steps, guidance = DISTILLED_STEPS, NO_GUIDANCE

@@ -21,7 +21,6 @@ from sdcompress.bundle import (
     Bundle,
     Manifest,
     link_files,
-    proving,
     refuse_existing,
     seal,
     staging,
@@ -109,7 +108,7 @@ def prune(
         return slices(weight)
 
     def write() -> None:
-        with proving(source), staging(out, replace=replace) as work:
+        with staging(out, replace=replace) as work:
             if not ready:
                 decisions.allocate()
             resolved, tensors, written = write_pruned(

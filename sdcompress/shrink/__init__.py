@@ -144,7 +144,7 @@ def shrink(
 
 def refuse_pruned(source: Bundle, recipe: Recipe) -> None:
     """Raise UsageError where zeros that somebody asked for would be forgotten."""
-    plan = source.manifest.plan
+    plan = source.outline.plan
     for component in structured(recipe):
         if plan and any(layer.pruned for layer in plan.of(component)):
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import jsonschema
 import pytest
 
 from sdcompress import registry
+from sdcompress.bundle import Bundle
 from sdcompress.commands import cli
 
 HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "diffusers", "transformers", "matplotlib")
@@ -184,3 +186,19 @@ def _foreign(tmp_path: Path) -> Path:
 def test_every_command_is_in_the_readme() -> None:
     readme = Path("README.md").read_text()
     assert [n for n in cli.list_commands(None) if f"sdcompress {n}" not in readme] == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("place", [1, 12, -1])
+def test_a_damaged_bundle_is_named_as_such(
+    pruned: Bundle, tmp_path: Path, file: str, place: int
+) -> None:
+    """Whatever its first reader makes of it: JSON, a header, weights that are no numbers."""
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned.path, copy)
+    data = bytearray((copy / file).read_bytes())
+    data[place] ^= 0x55
+    (copy / file).write_bytes(data)
+    said = fails(3, "export", copy, "-o", tmp_path / "onnx", "--dtype", "fp32")
+    assert f"{file} is not the file the manifest describes" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]

@@ -103,11 +103,22 @@ def test_what_was_damaged_is_said_whatever_came_of_it(pruned: Bundle, tmp_path: 
     ):
         raise InputError("something else")
     _flip(weights)
-    with (
-        pytest.raises(VerificationError, match="is not the file the manifest describes"),
-        proving(Bundle.open(tmp_path / "copy", check=True)),
-    ):
-        raise InputError("NaN")
+    for error in (InputError("NaN"), ZeroDivisionError("of a library")):
+        with (
+            pytest.raises(VerificationError, match="is not the file the manifest describes"),
+            proving(Bundle.open(tmp_path / "copy", check=True)),
+        ):
+            raise error
+
+
+def test_a_source_has_nothing_to_be_held_against(tiny_sd: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sd, tmp_path / "model")
+    (tmp_path / "model/stray.ckpt").write_text("of no pipeline")
+    source = Bundle.of_source(tmp_path / "model", SourceRecord(id="m", kind="directory"))
+    for _ in range(2):  # hashed beside the block, and before it
+        with pytest.raises(InputError, match="NaN"), proving(source):
+            raise InputError("NaN")
+        source.prove()
 
 
 def test_a_file_that_was_cut_is_found_without_reading_it(pruned: Bundle, tmp_path: Path) -> None:

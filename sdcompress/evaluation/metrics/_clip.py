@@ -23,7 +23,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 def default_clip(dense: Bundle) -> str:
     """The CLIP that suits a model: the small one for mini-sd2, else the common ViT-B/32."""
-    return SHIPPED if dense.manifest.source.kind == "mini-sd2" else VIT_B_32
+    return SHIPPED if dense.outline.source.kind == "mini-sd2" else VIT_B_32
 
 
 def possible(settings: QualitySettings, dense: Bundle) -> str | None:
