@@ -240,7 +240,7 @@ def tables(rows: Sequence[Facts], answers: Facts) -> str:
             for peer in PEERS:
                 found = known[peer]
                 less = f"{1 - ours / found['bytes']:.1%} smaller"
-                cells.append(f"{found['bytes'] / 1e6:.1f} MB: {less} ({found['seconds']:.0f} s)")
+                cells.append(f"{found['bytes'] / 1e6:.1f} MB: {less} ({found['cpu_seconds']:.0f} CPU s)")
             compared.append("| " + " | ".join(cells) + " |")
     if compared:
         head = f"| one file | as it is | packed | {' | '.join(PEERS)} |"
