@@ -240,7 +240,8 @@ def tables(rows: Sequence[Facts], answers: Facts) -> str:
             for peer in PEERS:
                 found = known[peer]
                 less = f"{1 - ours / found['bytes']:.1%} smaller"
-                cells.append(f"{found['bytes'] / 1e6:.1f} MB: {less} ({found['cpu_seconds']:.0f} CPU s)")
+                took = f"{found['cpu_seconds']:.0f} CPU s"
+                cells.append(f"{found['bytes'] / 1e6:.1f} MB: {less} ({took})")
             compared.append("| " + " | ".join(cells) + " |")
     if compared:
         head = f"| one file | as it is | packed | {' | '.join(PEERS)} |"
