@@ -202,3 +202,16 @@ def test_a_damaged_bundle_is_named_as_such(
     said = fails(3, "export", copy, "-o", tmp_path / "onnx", "--dtype", "fp32")
     assert f"{file} is not the file the manifest describes" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def test_verify_names_every_check_that_failed(pruned: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned.path, copy)
+    weights = copy / "unet/diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    done = sdcompress("verify", copy, "--no-parity")
+    assert done.returncode == 3
+    assert "files failed: " in done.stderr
+    assert "; failed, too: values" in done.stderr
