@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sdcompress.parallel import T, in_order
@@ -30,8 +30,9 @@ A = TypeVar("A", bound="Tensor | Array")
 S = TypeVar("S")
 Array: TypeAlias = "NDArray[Any]"
 Job = tuple[int, Callable[[Array], T]]  # the bytes it needs, and what it does with them
-SLICE = 1 << 17  # numbers: so few that they stay in the cache, so many that calls cost little
+SLICE = 1 << 18  # numbers: so few that they stay in the cache, so many that calls cost little
 GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
+_AHEAD = 2  # large tensors, so that threads have work while whoever takes the results writes one
 _LINE = 64  # bytes of the cache
 # Of each type of floats: the bits of the lowest magnitude that is no finite number.
 _NOT_FINITE = {
@@ -72,7 +73,7 @@ def in_memory(
     What they leave there is gone when the next result is asked for.
     """
     groups = (partial(_together, group, buffers) for group in _grouped(jobs))
-    with closing(tensors_in_order(groups, threads)) as done:
+    with closing(tensors_in_order(groups, threads, ahead=_AHEAD)) as done:
         for buffer, results in done:
             yield from results
             buffers.give_back(buffer)
@@ -225,4 +226,9 @@ def all_finite(tensor: Tensor | Array) -> bool:
 
 def type_name(tensor: Tensor | Array) -> str:
     """Of its numbers: the same for torch and numpy."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return _name(tensor.dtype)
+
+
+@lru_cache(maxsize=32)  # numpy takes as long to spell it as to look at a thousand numbers
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -28,6 +28,7 @@ Mask = NDArray[np.bool_]
 Counts = NDArray[np.int64]
 _BINS, _HALF = 1 << 16, 1 << 15
 _LOWEST = -(1 << 31)
+_EVERY = 61  # a prime, so that a sample is not of a few of a weight's columns only
 _AHEAD = 16  # tables of counts, which are small, so that no thread waits for a large weight's
 
 
@@ -58,13 +59,51 @@ class Cut:
 def find_cuts(scores: Sequence[Scores], zeros: int) -> list[Cut]:
     """Where to cut each of several weights so that `zeros` go in all, those of the lowest scores.
 
-    Among equal scores the earlier one goes first, in the order of `scores` and of their elements. A
-    radix selection in digits of 16 bits: each weight is walked over once, and a second time if its
-    scores have more than 16 bits. In memory are a slice for each thread, and for each weight how
-    often each digit occurs in it.
+    Among equal scores the earlier one goes first, in the order of `scores` and of their elements.
+    Each weight is walked over once or twice, a slice for each thread at a time.
     """
     if zeros == 0:
         return [Cut(_LOWEST, 0)] * len(scores)
+    if len(scores) == 1 and (cut := _cut_near_sampled(scores[0], zeros)):
+        return [cut]
+    return _cuts_by_digits(scores, zeros)
+
+
+def _cut_near_sampled(scores: Scores, zeros: int) -> Cut | None:
+    """The cut of one weight: a sample says about where it is, and only the scores around are
+    collected, all others compared, which takes half as long as to count every digit.
+
+    Around are four standard deviations of the rank in a sample. None if the cut is not there.
+    """
+    samples, total, dtype = [], 0, ""
+    for part in scores():
+        keys, dtype = _keys(part), type_name(part)
+        samples.append(keys[::_EVERY].copy())
+        total += len(keys)
+    sample = np.sort(np.concatenate(samples))
+    place, margin = zeros * len(sample) // total, 2 * math.isqrt(len(sample)) + 1
+    lowest = sample[max(0, place - margin)]
+    highest = sample[min(place + margin, len(sample) - 1)]
+    below, around = 0, []
+    for part in scores():
+        keys = _keys(part)
+        under, up_to = keys < lowest, keys <= highest
+        below += int(np.count_nonzero(under))
+        around.append(keys[under ^ up_to])
+    near, rank = np.concatenate(around), zeros - below
+    if not 0 < rank <= len(near):
+        return None
+    near.partition(rank - 1)
+    key = int(near[rank - 1])
+    boundary = int(_as_wide(dtype)[key + _HALF]) if _narrow(dtype) else key
+    return Cut(boundary, rank - int(np.count_nonzero(near < key)))
+
+
+def _cuts_by_digits(scores: Sequence[Scores], zeros: int) -> list[Cut]:
+    """`find_cuts` by a radix selection in digits of 16 bits: each weight is walked over once, and a
+    second time if its scores have more than 16 bits. In memory is how often each digit occurs in
+    each of them.
+    """
     tables = _counted(scores, None)
     high, below = _digit(tables, None, zeros)
     if any(not _narrow(table.dtype) for table in tables):
@@ -155,6 +194,7 @@ def _as_wide(dtype: str) -> Keys:
     return wide
 
 
+@lru_cache(maxsize=64)
 def _lowest_kept(boundary: int, dtype: str) -> tuple[int, bool]:
     """The lowest key of this type that is not below the boundary, and whether it equals it."""
     if not _narrow(dtype):
