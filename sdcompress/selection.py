@@ -60,7 +60,7 @@ def find_cuts(scores: Sequence[Scores], zeros: int) -> list[Cut]:
     """Where to cut each of several weights so that `zeros` go in all, those of the lowest scores.
 
     Among equal scores the earlier one goes first, in the order of `scores` and of their elements.
-    Each weight is walked over once or twice, a slice for each thread at a time.
+    Each weight is walked over once or twice, seldom more, a slice for each thread at a time.
     """
     if zeros == 0:
         return [Cut(_LOWEST, 0)] * len(scores)

@@ -128,6 +128,29 @@ def test_cuts_of_several_are_those_of_their_concatenation(
     assert np.concatenate(got).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_sample_that_misleads_costs_a_walk_and_no_more(dtype: torch.dtype) -> None:
+    """The numbers that are sampled are the highest here, where the cut is not."""
+    honest = draw((4000,), dtype, 0, coarse=False).abs()
+    misleading = honest.clone()
+    misleading[:: selection._EVERY] += 10
+    walks = 0
+
+    def scores(of: torch.Tensor) -> list[torch.Tensor]:
+        nonlocal walks
+        walks += 1
+        return [of]  # one slice, so that what is sampled is known
+
+    for numbers, most in ((honest, 2), (misleading, 4)):
+        walks = 0
+        (cut,) = selection.find_cuts([partial(scores, numbers)], 2000)
+        assert walks <= most
+        (keep,) = cut.keep([numbers])
+        plain = patterns._keep_by_sorting(numbers[None], UNSTRUCTURED, 2000)[0]
+        assert keep.tolist() == plain.tolist()
+    assert walks > 2
+
+
 def test_infinities_are_the_lowest_and_the_highest() -> None:
     scores = torch.tensor([[1.0, -float("inf"), 2.0, float("inf")]], dtype=torch.float16)
     assert keep_mask(scores, UNSTRUCTURED, 1, "tensor").int().tolist() == [[1, 0, 1, 1]]
