@@ -25,7 +25,7 @@ from export.device_results import TOLERANCE
 from export.device_results import is_device_results as is_device_results
 from export.device_results import read_results as read_results
 from export.specs import COMPONENTS, Sizes, component_spec, make_inputs
-from sdcompress.bundle import Bundle, to_json
+from sdcompress.bundle import Bundle, refuse_existing, to_json
 from sdcompress.errors import InputError, UsageError, VerificationError
 from sdcompress.plan import account
 
@@ -102,8 +102,8 @@ def write_device_bundle(
     from export.pipeline import Geometry
 
     sizes = sizes or Sizes()
-    if out.exists() and not replace:
-        raise InputError(f"{out}: already exists; choose another --output or remove it")
+    if not replace:
+        refuse_existing(out)
     _check_twins(dense, sparse, target)
     geometry = Geometry.read(dense.path)
     _, height, width = geometry.latent_shape(sizes.height, sizes.width)

@@ -38,6 +38,7 @@ from sdcompress.build_report import BuildReport
 from sdcompress.bundle import (
     Bundle,
     locked,
+    refuse_inside,
     runtime_versions,
     staging,
     to_json,
@@ -98,7 +99,9 @@ class Workspace:
         Raises:
             InputError: the path holds something that no run of ours has made, or another run is
                 at work there.
+            UsageError: it lies in a bundle.
         """
+        refuse_inside(path)
         marker = path / STATE
         foreign = path.exists() and (not path.is_dir() or any(path.glob("[!.]*")))
         if foreign and not marker.is_file():

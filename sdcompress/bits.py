@@ -30,7 +30,7 @@ A = TypeVar("A", bound="Tensor | Array")
 S = TypeVar("S")
 Array: TypeAlias = "NDArray[Any]"
 Job = tuple[int, Callable[[Array], T]]  # the bytes it needs, and what it does with them
-SLICE = 1 << 18  # numbers: so few that they stay in the cache, so many that calls cost little
+SLICE = 1 << 19  # numbers: so few that they stay in the cache, so many that calls cost little
 GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
 _AHEAD = 2  # large tensors, so that threads have work while whoever takes the results writes one
 _LINE = 64  # bytes of the cache

@@ -331,7 +331,7 @@ def write_json(path: Path, data: object) -> None:
 
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 18))  # bytes: what is read is hashed while in the cache
+    buffer = memoryview(bytearray(1 << 20))  # bytes: what is read is hashed while in the cache
     with path.open("rb", buffering=0) as f:
         while n := f.readinto(buffer):
             digest.update(buffer[:n])
@@ -428,19 +428,25 @@ def refuse_existing(target: Path) -> None:
     """
     if target.exists():
         raise _taken(target)
-    for folder in target.resolve().parents:
-        with suppress(InputError):  # no bundle
-            bundle = Bundle.open(folder)
-            raise UsageError(
-                f"{target}: lies in the bundle {bundle.path}, which would then hold what its "
-                "manifest does not name; choose an --output elsewhere"
-            )
+    refuse_inside(target)
     there = next((place for place in target.resolve().parents if place.exists()), None)
     if there and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise InputError(
             f"{target}: cannot be created, {there} is not a folder that can be written to; choose "
             "another --output"
         )
+
+
+def refuse_inside(target: Path) -> None:
+    """Raises UsageError: what is put at or into the target becomes part of a bundle."""
+    place = target.resolve()
+    for folder in (place, *place.parents):
+        with suppress(InputError):  # no bundle
+            bundle = Bundle.open(folder)
+            raise UsageError(
+                f"{target}: lies in the bundle {bundle.path}, which would then hold what its "
+                "manifest does not name; choose another place"
+            )
 
 
 def _taken(target: Path) -> InputError:

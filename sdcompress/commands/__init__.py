@@ -5,11 +5,13 @@ A command parses, calls one function and prints. `--help` imports neither torch 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
 import sys
 import warnings
+from contextlib import suppress
 
 import click
 
@@ -75,6 +77,7 @@ def main() -> None:
     if not debug:  # libraries' remarks on their own imports are no part of our output
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         warnings.showwarning = _warn
+    _keep_freed_memory()
     # Whoever stops a container sends SIGTERM; half-made work is cleared up as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -94,6 +97,20 @@ def main() -> None:
         if debug:
             raise
         _fail(_unexpected(e), 1)
+
+
+# Of malloc.h of glibc, and the bytes: several times what is made of one slice of a tensor.
+_M_TRIM_THRESHOLD, _TRIM = -1, 1 << 26
+_M_MMAP_THRESHOLD, _MMAP = -3, 1 << 23
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep some of what is freed, for the next slice: to get it from the system again
+    takes a fault for every page, a hundred thousand of them for a large model."""
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, _TRIM)
+        mallopt(_M_MMAP_THRESHOLD, _MMAP)
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -85,11 +85,13 @@ def command(
     Example:
       sdcompress eval out/pruned --against mini-sd2 -o quality.json
     """
-    from sdcompress.bundle import MANIFEST, refuse_existing, write_text
+    from sdcompress.bundle import MANIFEST, refuse_existing, refuse_inside, write_text
     from sdcompress.evaluation.presets import preset_settings, read_captions
     from sdcompress.evaluation.processes import processes
     from sdcompress.evaluation.quality import default_settings, evaluate, unavailable
 
+    if keep_images:
+        refuse_inside(keep_images)
     if output:
         refuse_existing(output)
         output.parent.mkdir(parents=True, exist_ok=True)  # now, and not when all is measured

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sdcompress.bundle import Bundle, locked, to_json, tool_versions, write_json
+from sdcompress.bundle import Bundle, locked, refuse_inside, to_json, tool_versions, write_json
 from sdcompress.catalog import COMPONENTS, read_catalog
 from sdcompress.errors import InputError, SdcompressError, VerificationError
 from sdcompress.evaluation.files import content
@@ -305,7 +305,11 @@ def alone(work: Path) -> Iterator[None]:
 
 
 def refuse_foreign(work: Path) -> None:
-    """Raise InputError if `work` holds what neither a sweep nor a search has put there."""
+    """Raises InputError: `work` holds what neither a sweep nor a search has put there.
+
+    UsageError: it lies in a bundle.
+    """
+    refuse_inside(work)
     if (work / POINTS).is_dir() or not work.exists():
         return
     if not work.is_dir():

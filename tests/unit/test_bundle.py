@@ -238,7 +238,7 @@ def test_linking_follows_links_to_the_file(tmp_path: Path) -> None:
 
 def test_nothing_is_put_into_a_bundle(pruned: Bundle) -> None:
     for inside in ("new", "unet/new", "a/b/c"):
-        with pytest.raises(UsageError, match=r"lies in the bundle .* choose an --output elsewhere"):
+        with pytest.raises(UsageError, match=r"lies in the bundle .* choose another place"):
             refuse_existing(pruned.path / inside)
     pruned.check_files()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -20,6 +23,37 @@ def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     output = doctor.Output(ok=True, findings=[finding])
     emit(output, False, lambda console: doctor._show(console, output))
     assert "a [b]: not installed  (pip install 'sdcompress[gpu]')" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_memory_that_was_freed_is_used_again() -> None:
+    """Counted in a process of its own: faults of pages while arrays come and go in a thread."""
+    code = """
+import resource, sys, threading
+import numpy as np
+from sdcompress import commands
+if sys.argv[1] == "keep":
+    commands._keep_freed_memory()
+def work():
+    for _ in range(50):
+        [np.ones(1 << 21, np.uint8) for _ in range(8)]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults())
+"""
+    kept, plain = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, how], capture_output=True, check=True
+            ).stdout
+        )
+        for how in ("keep", "plain")
+    )
+    assert kept < plain / 5
 
 
 def test_an_interruption_promises_only_what_is_true() -> None:
@@ -81,6 +115,23 @@ def test_an_output_that_exists_is_refused_before_anything(
 ) -> None:
     with pytest.raises(InputError, match="already exists; choose another --output"):
         cli.main([*command, "-o", str(tmp_path)], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sweep", "mini-sd2", "-o"],
+        ["run", "edge", "-o"],
+        ["eval", "a", "--against", "b", "--keep-images"],
+    ],
+)
+def test_what_goes_into_a_bundle_is_refused_before_anything(
+    command: list[str], pruned: Bundle
+) -> None:
+    for place in ("", "new", "unet/new"):
+        with pytest.raises((UsageError, InputError), match="lies in the bundle"):
+            cli.main([*command, str(pruned.path / place)], standalone_mode=False)
+    pruned.check_files()
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
