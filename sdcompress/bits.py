@@ -32,7 +32,7 @@ Array: TypeAlias = "NDArray[Any]"
 Job = tuple[int, Callable[[Array], T]]  # the bytes it needs, and what it does with them
 SLICE = 1 << 19  # numbers: so few that they stay in the cache, so many that calls cost little
 GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
-_AHEAD = 2  # large tensors, so that threads have work while whoever takes the results writes one
+_AHEAD = 4  # jobs, so that threads have work while whoever takes the results writes a large one
 _LINE = 64  # bytes of the cache
 # Of each type of floats: the bits of the lowest magnitude that is no finite number.
 _NOT_FINITE = {
