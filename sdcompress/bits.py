@@ -30,9 +30,8 @@ A = TypeVar("A", bound="Tensor | Array")
 S = TypeVar("S")
 Array: TypeAlias = "NDArray[Any]"
 Job = tuple[int, Callable[[Array], T]]  # the bytes it needs, and what it does with them
-SLICE = 1 << 19  # numbers: so few that they stay in the cache, so many that calls cost little
+SLICE = 1 << 18  # numbers: so few that they stay in the cache, so many that calls cost little
 GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
-_AHEAD = 4  # jobs, so that threads have work while whoever takes the results writes a large one
 _LINE = 64  # bytes of the cache
 # Of each type of floats: the bits of the lowest magnitude that is no finite number.
 _NOT_FINITE = {
@@ -73,7 +72,7 @@ def in_memory(
     What they leave there is gone when the next result is asked for.
     """
     groups = (partial(_together, group, buffers) for group in _grouped(jobs))
-    with closing(tensors_in_order(groups, threads, ahead=_AHEAD)) as done:
+    with closing(tensors_in_order(groups, threads)) as done:
         for buffer, results in done:
             yield from results
             buffers.give_back(buffer)

@@ -24,7 +24,7 @@ COMPONENTS = ("text_encoder", "unet")
 SMALL = 6 * MB  # manifests, configs, and modules that are imported late
 WIDE = {"block_out_channels": (256, 640), "cross_attention_dim": 256, "layers_per_block": 2}
 TEXT = {"hidden_size": 256, "intermediate_size": 1024, "projection_dim": 256}
-HELD = 7  # jobs: one in each of two threads, four that wait, and the one being written
+HELD = 4  # jobs: one in each of two threads, one that waits, and the one being written
 
 
 def held(folder: Path) -> int:
