@@ -89,7 +89,7 @@ def _cut_near_sampled(scores: Scores, zeros: int) -> Cut | None:
         keys = _keys(part)
         under, up_to = keys < lowest, keys <= highest
         below += int(np.count_nonzero(under))
-        around.append(keys[under ^ up_to])
+        around.append(keys[np.flatnonzero(under ^ up_to)])  # faster than by the mask: they are few
     near, rank = np.concatenate(around), zeros - below
     if not 0 < rank <= len(near):
         return None
