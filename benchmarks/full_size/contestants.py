@@ -116,13 +116,13 @@ def contestants(model: Path, work: Path, settings: Settings) -> list[Contestant]
     export = ("export", pruned, "-o", onnx, "--json")
     return [
         Contestant(
+            "cp, whole model", "base", ("cp", "-rL", str(model), str(copy)),
+            reads=(model,), makes=(copy,),
+        ),
+        Contestant(
             CP, "base",
             ("sh", "-c", 'mkdir "$0" && cp -rL "$@" "$0"', *map(str, (copy, *folders))),
             reads=folders, makes=(copy,),
-        ),
-        Contestant(
-            "cp, whole model", "base", ("cp", "-rL", str(model), str(copy)),
-            reads=(model,), makes=(copy,),
         ),
         Contestant(SHA256SUM, "base", ("sha256sum", *map(str, weights)), reads=weights),
         peer(HASHLIB, "base", "hashlib", model, reads=weights, slow=False, peer=False),
