@@ -5,9 +5,10 @@
         [--part prune export ...] [--no-peers] [--modelopt SITE]
 
 Every command, ours and the peers', is a cold process of its own, followed by `sync`, its input warm
-in the page cache; all of them once a round, in turn, those that write first. Nothing else should run meanwhile. Writes
-results.json and results.csv beside this file and puts the table into README.md. A run that was
-stopped goes on where it was; to measure something anew, remove its folder from DIR/answers.
+in the page cache; all of them once a round, in turn, those that write first, and what takes minutes
+after all rounds. Nothing else should run meanwhile. Writes results.json and results.csv beside this
+file and puts the table into README.md. A run that was stopped goes on where it was; to measure
+something anew, remove its folder from DIR/answers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.full_size import report
-from benchmarks.full_size.cold import OK, run_cold, warm
+from benchmarks.full_size.cold import OK, ballast, run_cold, warm
 from benchmarks.full_size.contestants import PARTS, Contestant, Settings, contestants
 from export.bench import busy_cores
 from sdcompress import __version__
@@ -30,6 +31,7 @@ from sdcompress.bundle import write_json
 from sdcompress.catalog import read_catalog
 
 HERE = Path(__file__).parent
+MEMORY = 12_000_000_000  # bytes: inputs and outputs in the page cache, and a command's own
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,23 +71,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = in_turn(
             c for c in everything if c.part in args.part and not (args.no_peers and c.peer)
         )
-        for number in range(max(args.rounds, args.slow_rounds)):
-            for one in chosen:
-                wanted = args.slow_rounds if one.slow else args.rounds
-                if number < wanted and not answer_file(work, one, number).exists():
-                    measure(one, number, work, everything)
+        quick, slow = ([c for c in chosen if c.slow is of] for of in (False, True))
+        with ballast(MEMORY):
+            measure_all(quick, args.rounds, work, everything)
+        measure_all(slow, args.slow_rounds, work, everything)
     report.write(read_answers(work, everything), everything, parameters(work), args.out)
     return 0
 
 
 def in_turn(chosen: Iterable[Contestant]) -> list[Contestant]:
-    """What writes gigabytes comes first, one right after the other.
-
-    Memory that lies free for seconds goes back from a virtual machine to its host, and a copy that
-    comes afterwards takes up to five times as long: all of them must find it as the last one left
-    it, and the copy of the whole model is the first, which finds it as the rest of a round did.
+    """What writes gigabytes comes first, one right after the other: all of them find memory as the
+    last one has left it, and the copy of the whole model as the rest of a round has.
     """
     return sorted(chosen, key=lambda one: not one.makes)
+
+
+def measure_all(
+    chosen: Sequence[Contestant], rounds: int, work: Path, everything: Sequence[Contestant]
+) -> None:
+    """All of them once a round, but for what is known."""
+    for number in range(rounds):
+        for one in chosen:
+            if not answer_file(work, one, number).exists():
+                measure(one, number, work, everything)
 
 
 def check_protocol(work: Path, model: Path) -> None:

@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import math
+import mmap
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -247,13 +249,14 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sd: Path) -> 
     """Arguments of measure.py, whose contestants are stand-ins."""
     monkeypatch.setattr(measure, "contestants", lambda model, work, settings: stand_ins(work))
     monkeypatch.setattr(measure, "busy_cores", lambda seconds: 0.0)
+    monkeypatch.setattr(measure, "MEMORY", 1 << 60)  # leave more than any machine has
     return [str(tiny_sd), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]
 
 
 def test_a_run_goes_on_where_it_was(stand_in: list[str], tmp_path: Path) -> None:
     work = tmp_path / "w"
     assert measure.main([*stand_in, "--rounds", "1"]) == 0
-    assert (work / "log").read_text() == "cp maker reader passing peer "
+    assert (work / "log").read_text() == "maker cp reader passing peer "  # what writes is first, what is slow last
     assert not (work / "gone").exists()
     # As a killed run leaves it: an answer short, and outputs that are not complete.
     (work / "gone").touch()
@@ -268,7 +271,7 @@ def test_a_run_goes_on_where_it_was(stand_in: list[str], tmp_path: Path) -> None
     assert (work / "log").read_text() == "passing "
     (work / "log").unlink()
     measure.main([*stand_in, "--rounds", "2", "--no-peers"])
-    assert (work / "log").read_text() == "cp maker reader "  # the slow one has its one round
+    assert (work / "log").read_text() == "maker cp reader "  # the slow one has its one round
     measure.main([*stand_in, "--rounds", "3", "--report"])
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert [(r["command"], r["rounds"]) for r in results["commands"]] == [
@@ -277,6 +280,14 @@ def test_a_run_goes_on_where_it_was(stand_in: list[str], tmp_path: Path) -> None
     (work / "protocol.json").write_text("{}")
     with pytest.raises(SystemExit, match="another model or version"):
         measure.main([*stand_in])
+
+
+def test_ballast_holds_what_is_not_to_be_left() -> None:
+    with cold.ballast(1 << 60) as held:
+        assert held == mmap.PAGESIZE
+    with cold.ballast(psutil.virtual_memory().available - 100_000_000) as held:
+        assert 0 < held < 300_000_000
+        assert psutil.Process().memory_info().rss >= held
 
 
 def test_one_of_ours_that_fails_ends_the_run(
