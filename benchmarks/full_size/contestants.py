@@ -49,7 +49,7 @@ class Contestant:
     """One command.
 
     It reads `reads`, brought into the page cache before; what of that is not there is made by those
-    that make it. What it `makes` is removed before it starts, and afterwards unless it is `kept`. A
+    that make it. What it `makes` is removed before it starts and, unless `kept`, before the next. A
     `slow` one runs fewer rounds. `asked` is what the project wants of it.
     """
 

@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ballast(MEMORY):
             measure_all(quick, args.rounds, work, everything)
         measure_all(slow, args.slow_rounds, work, everything)
+        remove_all(everything, work)
     report.write(read_answers(work, everything), everything, parameters(work), args.out)
     return 0
 
@@ -118,9 +119,8 @@ def measure(one: Contestant, number: int, work: Path, everything: Sequence[Conte
         provide(path, work, everything)
     warm(one.reads)
     busy = busy_cores(0.3)
+    remove_all(everything, work)  # only now, so that all find the memory that it frees
     answer = {**run(one, work), "busy_cores": busy}
-    if not one.kept:
-        remove(one, work)
     if answer["outcome"] != OK and not one.peer:
         sys.exit(f"{one.name}: {answer['outcome']}")
     file = answer_file(work, one, number)
@@ -149,6 +149,13 @@ def run(one: Contestant, work: Path) -> dict[str, Any]:
         for path in one.makes:
             mark(path, work).touch()
     return answer
+
+
+def remove_all(everything: Iterable[Contestant], work: Path) -> None:
+    """What the last one has made and nobody needs."""
+    for one in everything:
+        if not one.kept:
+            remove(one, work)
 
 
 def remove(one: Contestant, work: Path) -> None:
