@@ -10,8 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +129,16 @@ def warm(paths: Iterable[Path]) -> None:
                         pass
 
 
-@contextmanager
-def ballast(leave: int) -> Iterator[int]:
-    """Hold the memory that nobody needs, all but `leave` bytes; gives how many are held.
+def claim(leave: int = 1_500_000_000) -> int:
+    """Touch all memory that nobody needs, but `leave` bytes, and let it go again; returns how many.
 
-    The host of a virtual machine takes back what lies free, the more the faster, and a page that
-    was taken costs as much as to copy five: what a command takes would depend on how long before
-    it others were quiet.
+    The host of a virtual machine gives a page when it is first touched, which takes longer than to
+    copy it, and takes back what lay free: a copy would cost up to five times as much, or not, for
+    what went on before it.
     """
     lines = Path("/proc/meminfo").read_text().splitlines()
-    known = {name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)}
-    pages = max(1, (known["MemAvailable"] - leave) // mmap.PAGESIZE)
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    pages = max(1, (free - leave) // mmap.PAGESIZE)
     with mmap.mmap(-1, pages * mmap.PAGESIZE) as memory:
         memory[:: mmap.PAGESIZE] = b"\1" * pages
-        yield pages * mmap.PAGESIZE
+    return pages * mmap.PAGESIZE

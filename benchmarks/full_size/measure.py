@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.full_size import report
-from benchmarks.full_size.cold import OK, ballast, run_cold, warm
+from benchmarks.full_size.cold import OK, claim, run_cold, warm
 from benchmarks.full_size.contestants import PARTS, Contestant, Settings, contestants
 from export.bench import busy_cores
 from sdcompress import __version__
@@ -31,7 +31,6 @@ from sdcompress.bundle import write_json
 from sdcompress.catalog import read_catalog
 
 HERE = Path(__file__).parent
-MEMORY = 12_000_000_000  # bytes: inputs and outputs in the page cache, and a command's own
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             c for c in everything if c.part in args.part and not (args.no_peers and c.peer)
         )
         quick, slow = ([c for c in chosen if c.slow is of] for of in (False, True))
-        with ballast(MEMORY):
-            measure_all(quick, args.rounds, work, everything)
+        measure_all(quick, args.rounds, work, everything)
         measure_all(slow, args.slow_rounds, work, everything)
         remove_all(everything, work)
     report.write(read_answers(work, everything), everything, parameters(work), args.out)
@@ -81,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def in_turn(chosen: Iterable[Contestant]) -> list[Contestant]:
-    """What writes gigabytes comes first, one right after the other: all of them find memory as the
-    last one has left it, and the copy of the whole model as the rest of a round has.
+    """What writes gigabytes comes first, one right after the other: all of them find the memory that
+    the last one has left.
     """
     return sorted(chosen, key=lambda one: not one.makes)
 
@@ -92,9 +90,11 @@ def measure_all(
 ) -> None:
     """All of them once a round, but for what is known."""
     for number in range(rounds):
-        for one in chosen:
-            if not answer_file(work, one, number).exists():
-                measure(one, number, work, everything)
+        todo = [one for one in chosen if not answer_file(work, one, number).exists()]
+        if todo:
+            claim()
+        for one in todo:
+            measure(one, number, work, everything)
 
 
 def check_protocol(work: Path, model: Path) -> None:

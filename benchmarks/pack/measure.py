@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_size.cold import ballast
+from benchmarks.full_size.cold import claim
 from export.bench import environment
 from sdcompress.bundle import Bundle, Manifest, SourceRecord, seal, sha256_file, write_json
 from sdcompress.measure import PeakMemory
@@ -39,7 +39,6 @@ from sdcompress.packing import Pack, pack
 from sdcompress.safetensors_io import read_header
 
 HERE = Path(__file__).parent
-MEMORY = 12_000_000_000  # bytes: files in the page cache, and a command's own
 SDCOMPRESS = [sys.executable, "-c", "from sdcompress.commands import main; main()"]
 PEERS = {"zstd -19": ["zstd", "-19", "-T2", "-q", "-c"], "xz -6": ["xz", "-6", "-T2", "-c"]}
 FILES = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
@@ -288,12 +287,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_results(args.out, answers, load)
 
     if "rounds" in args.part:
-        rounds = [(name, number) for number in range(args.rounds) for name in bundles]
-        with ballast(MEMORY):
-            for name, number in rounds:
+        for number in range(args.rounds):
+            claim()
+            for name, bundle in bundles.items():
                 done = answers[name]["rounds"]
                 if len(done) <= number:
-                    done.append(one_round(bundles[name], args.work))
+                    done.append(one_round(bundle, args.work))
                     save()
                     print(json.dumps(row(name, done[-1:])), flush=True)
     if "peers" in args.part:

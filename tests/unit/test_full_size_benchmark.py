@@ -7,6 +7,7 @@ import io
 import json
 import math
 import mmap
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -249,7 +250,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sd: Path) -> 
     """Arguments of measure.py, whose contestants are stand-ins."""
     monkeypatch.setattr(measure, "contestants", lambda model, work, settings: stand_ins(work))
     monkeypatch.setattr(measure, "busy_cores", lambda seconds: 0.0)
-    monkeypatch.setattr(measure, "MEMORY", 1 << 60)  # leave more than any machine has
+    monkeypatch.setattr(measure, "claim", int)
     return [str(tiny_sd), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]
 
 
@@ -282,12 +283,13 @@ def test_a_run_goes_on_where_it_was(stand_in: list[str], tmp_path: Path) -> None
         measure.main([*stand_in])
 
 
-def test_ballast_holds_what_is_not_to_be_left() -> None:
-    with cold.ballast(1 << 60) as held:
-        assert held == mmap.PAGESIZE
-    with cold.ballast(psutil.virtual_memory().available - 100_000_000) as held:
-        assert 0 < held < 300_000_000
-        assert psutil.Process().memory_info().rss >= held
+def test_memory_is_claimed_but_for_what_is_to_be_left() -> None:
+    assert cold.claim(1 << 60) == mmap.PAGESIZE
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    claimed = cold.claim(psutil.virtual_memory().available - 100_000_000)
+    assert 0 < claimed < 300_000_000
+    touched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert touched >= claimed // mmap.PAGESIZE // 16  # a fault may bring several pages
 
 
 def test_one_of_ours_that_fails_ends_the_run(
