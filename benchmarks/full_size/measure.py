@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def in_turn(chosen: Iterable[Contestant]) -> list[Contestant]:
-    """What writes gigabytes comes first, one right after the other: all of them find the memory that
-    the last one has left.
+    """What writes gigabytes first, one right after the other: each finds memory that the last one
+    has left.
     """
     return sorted(chosen, key=lambda one: not one.makes)
 

@@ -309,6 +309,11 @@ def test_the_command(onnx_dense: Bundle, onnx_sparse: Bundle, tmp_path: Path) ->
     done = CliRunner().invoke(cli, [*command, "--target", "jetson-orin-nano"])
     assert isinstance(done.exception, InputError)
     assert "already exists" in str(done.exception)
+    inside = [*command[:-1], str(onnx_dense.path / "new.tar"), "--target", "jetson-orin-nano"]
+    done = CliRunner().invoke(cli, inside)
+    assert isinstance(done.exception, UsageError)
+    assert "lies in the bundle" in str(done.exception)
+    onnx_dense.check_files()
     done = CliRunner().invoke(cli, [*command, "--target", "jetson-orin-nano", "--seed", "-1"])
     assert done.exit_code == 2
     assert "-1 is not in the range x>=0" in done.output

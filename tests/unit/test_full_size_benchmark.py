@@ -257,7 +257,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sd: Path) -> 
 def test_a_run_goes_on_where_it_was(stand_in: list[str], tmp_path: Path) -> None:
     work = tmp_path / "w"
     assert measure.main([*stand_in, "--rounds", "1"]) == 0
-    assert (work / "log").read_text() == "maker cp reader passing peer "  # what writes is first, what is slow last
+    # What writes is first, what is slow last.
+    assert (work / "log").read_text() == "maker cp reader passing peer "
     assert not (work / "gone").exists()
     # As a killed run leaves it: an answer short, and outputs that are not complete.
     (work / "gone").touch()
