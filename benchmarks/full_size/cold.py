@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sdcompress.measure import PeakMemory
 
 ROOT = Path(__file__).parents[2]
@@ -136,9 +138,7 @@ def claim(leave: int = 1_500_000_000) -> int:
     copy it, and takes back what lay free: a copy would cost up to five times as much, or not, for
     what went on before it.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    pages = max(1, (free - leave) // mmap.PAGESIZE)
+    pages = max(1, (psutil.virtual_memory().available - leave) // mmap.PAGESIZE)
     with mmap.mmap(-1, pages * mmap.PAGESIZE) as memory:
         memory[:: mmap.PAGESIZE] = b"\1" * pages
     return pages * mmap.PAGESIZE

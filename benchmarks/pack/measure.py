@@ -5,8 +5,8 @@
 
 Each NAME=DIR is a bundle or a diffusers directory. Every command is a cold process of its own,
 followed by `sync`, files warm in the page cache; `cp` of the same files in turn with them shows
-what the disk takes. `unpack` checks all digests itself; here its files are compared with the
-originals besides. The general compressors get each file of weights (`--file`) with two threads,
+what the disk takes. Memory is claimed before each round, as in full_size. `unpack` checks all
+digests itself; here its files are compared with the originals besides. The general compressors get each file of weights (`--file`) with two threads,
 once: at full size that takes about twenty minutes a bundle. `--cut MB` gives them, and `pack`
 beside them, only the first tensors of each file.
 
