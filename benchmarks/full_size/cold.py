@@ -138,7 +138,7 @@ def claim(leave: int = 1_500_000_000) -> int:
     copy it, and takes back what lay free: a copy would cost up to five times as much, or not, for
     what went on before it.
     """
-    pages = max(1, (psutil.virtual_memory().available - leave) // mmap.PAGESIZE)
+    pages: int = max(1, (psutil.virtual_memory().available - leave) // mmap.PAGESIZE)
     with mmap.mmap(-1, pages * mmap.PAGESIZE) as memory:
         memory[:: mmap.PAGESIZE] = b"\1" * pages
     return pages * mmap.PAGESIZE

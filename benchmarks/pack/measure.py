@@ -6,9 +6,9 @@
 Each NAME=DIR is a bundle or a diffusers directory. Every command is a cold process of its own,
 followed by `sync`, files warm in the page cache; `cp` of the same files in turn with them shows
 what the disk takes. Memory is claimed before each round, as in full_size. `unpack` checks all
-digests itself; here its files are compared with the originals besides. The general compressors get each file of weights (`--file`) with two threads,
-once: at full size that takes about twenty minutes a bundle. `--cut MB` gives them, and `pack`
-beside them, only the first tensors of each file.
+digests itself; here its files are compared with the originals besides. The general compressors get
+each file of weights (`--file`) with two threads, once: at full size that takes about twenty minutes
+a bundle. `--cut MB` gives them, and `pack` beside them, only the first tensors of each file.
 
 Every measurement is kept in DIR/answers.json as soon as it is there: a run that was stopped goes
 on. Remove that file to measure anew. Writes results.json and results.csv beside this file, and the
