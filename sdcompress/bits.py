@@ -12,10 +12,11 @@ has not got are of `ml_dtypes`.
 from __future__ import annotations
 
 import math
+import mmap
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -145,13 +146,11 @@ class Buffers:
 
     def take(self, nbytes: int) -> Array:
         """At least so many bytes, with whatever was in them."""
-        import numpy as np
-
         with self._lock:
             self._free.sort(key=len)
             if self._free and len(largest := self._free.pop()) >= nbytes:
                 return largest
-        return np.empty(nbytes, np.uint8)  # in large pages, which torch's own memory is not
+        return _fresh(nbytes)
 
     def give_back(self, buffer: Array) -> None:
         """Nobody may look at it any more."""
@@ -165,6 +164,18 @@ class Buffers:
             yield buffer
         finally:
             self.give_back(buffer)
+
+
+def _fresh(nbytes: int) -> Array:
+    """Memory right from the system, to which it goes back when nobody has it any more: what malloc
+    has given a thread it keeps, and a model of many sizes leaves it in pieces.
+    """
+    import numpy as np
+
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # not every kernel has large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, nbytes)
 
 
 def slices(tensor: A) -> Iterator[A]:

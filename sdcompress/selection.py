@@ -129,7 +129,7 @@ def keep_n_of_m(scores: Tensor | Array, n: int, m: int) -> Mask:
     step = math.prod(scores.shape[2:])
     rank = np.zeros(len(keys), np.uint8)
     for gap in range(step, m * step, step):
-        later = _later(len(keys), m * step, gap)
+        later = _later((len(keys) - 1).bit_length(), m * step, gap)[: len(keys) - gap]
         above = keys[gap:] >= keys[:-gap]
         rank[gap:] += later & above
         rank[:-gap] += later > above
@@ -137,10 +137,10 @@ def keep_n_of_m(scores: Tensor | Array, n: int, m: int) -> Mask:
     return mask
 
 
-@lru_cache(maxsize=64)  # a weight's slices are of at most two lengths
-def _later(length: int, group: int, gap: int) -> Mask:
-    """Of the numbers from `gap` on: whether the one `gap` before it is of the same group."""
-    mask: Mask = np.arange(gap, length) % group >= gap
+@lru_cache(maxsize=64)  # slices of most weights are about as long: few lengths in powers of two
+def _later(length_bits: int, group: int, gap: int) -> Mask:
+    """Of so many numbers from `gap` on: whether the one `gap` before it is of the same group."""
+    mask: Mask = np.arange(gap, 1 << length_bits) % group >= gap
     return mask
 
 
