@@ -241,7 +241,7 @@ def _look_at(weight: _Weight, manifest: Manifest, layer: LayerPlan | None) -> _F
                 f"{weight.label} ({actual.dtype} {list(actual.shape)}, "
                 f"recorded {record.dtype} {list(record.shape)})"
             )
-        if actual.sha256 != record.sha256:
+        if actual.blake3 != record.blake3:
             wrong["values"].append(weight.label)
     if layer is None:
         return found
@@ -252,7 +252,7 @@ def _look_at(weight: _Weight, manifest: Manifest, layer: LayerPlan | None) -> _F
     if layer.zeros is None or zeros != layer.zeros + underflow:
         planned = "an unresolved number" if layer.zeros is None else f"{layer.zeros + underflow:,}"
         wrong["zeros"].append(f"{weight.label} ({zeros:,} zeros, planned {planned})")
-    elif record and actual.zero_mask_sha256 != record.zero_mask_sha256:
+    elif record and actual.zero_mask_blake3 != record.zero_mask_blake3:
         wrong["zeros"].append(f"{weight.label} (zeros in other places)")
     pattern = parse_pattern(layer.pattern or "unstructured")
     if pattern.m is not None:

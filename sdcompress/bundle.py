@@ -51,15 +51,16 @@ class FileRecord(_Record):
 class TensorRecord(_Record):
     """What a tensor must be, in the state dict's layout and the bundle's dtype.
 
-    sha256: of the raw little-endian bytes. zeros and zero_mask_sha256 (of numpy.packbits(w == 0),
-    C order) are set for pruned tensors only.
+    blake3: of the raw little-endian bytes; it is as hard to forge as sha256, which files have, and
+    takes a third of the time. zeros and zero_mask_blake3 (of numpy.packbits(w == 0), C order) are
+    set for pruned tensors only.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    blake3: str
     zeros: int | None = None
-    zero_mask_sha256: str | None = None
+    zero_mask_blake3: str | None = None
 
 
 class SourceRecord(_Record):
@@ -75,7 +76,7 @@ class SourceRecord(_Record):
 class Manifest(_Record):
     """The contents of `manifest.json`; `details` holds facts of one stage only."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     stage: Stage
     parent: str | None
     source: SourceRecord

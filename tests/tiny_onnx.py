@@ -86,7 +86,7 @@ def tiny_onnx(path: Path, weight: float = 2.0, mask: str = "aa", opset: int = 18
         (path / name).write_text("{}")
     (path / "LICENSE").write_text("as you like")
     record = TensorRecord(
-        dtype="float16", shape=(1, 4, 1, 1), sha256=str(weight), zeros=2, zero_mask_sha256=mask
+        dtype="float16", shape=(1, 4, 1, 1), blake3=str(weight), zeros=2, zero_mask_blake3=mask
     )
     seal(
         path,

@@ -706,12 +706,12 @@ def _refuse_other_structure(engine: Bundle, onnx: Bundle, options: Options) -> N
                 f"{onnx.path}: {model} has other tensors than the engine; build a new engine"
             )
         for name in sorted(old):
-            if old[name].zero_mask_sha256 != new[name].zero_mask_sha256:
+            if old[name].zero_mask_blake3 != new[name].zero_mask_blake3:
                 raise UsageError(
                     f"{onnx.path}: {model} {name} has its zeros at other places than the engine; "
                     "build a new engine"
                 )
-            if not options.refit and old[name].sha256 != new[name].sha256:
+            if not options.refit and old[name].blake3 != new[name].blake3:
                 raise UsageError(
                     f"{onnx.path}: {model} {name} has other values, and a stripped engine takes "
                     "back its own only; build it with refit=true"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from sdcompress.bits import Array, Buffers, in_memory, is_zero, slices
 from sdcompress.bundle import FileRecord, TensorRecord
@@ -96,7 +97,7 @@ def _record(
 ) -> TensorRecord:
     import numpy as np
 
-    digest, zeros, mask, rest = hashlib.sha256(), 0, hashlib.sha256(), np.empty(0, bool)
+    digest, zeros, mask, rest = blake3(), 0, blake3(), np.empty(0, bool)
     for part in parts:
         digest.update(raw_bytes(part))
         if pruned:
@@ -107,7 +108,7 @@ def _record(
             mask.update(np.packbits(zero[:whole]).data)
             rest = zero[whole:]  # bits of one byte, which the next part fills
     mask.update(np.packbits(rest).data)
-    record = TensorRecord(dtype=dtype, shape=shape, sha256=digest.hexdigest())
+    record = TensorRecord(dtype=dtype, shape=shape, blake3=digest.hexdigest())
     if not pruned:
         return record
-    return record.model_copy(update={"zeros": zeros, "zero_mask_sha256": mask.hexdigest()})
+    return record.model_copy(update={"zeros": zeros, "zero_mask_blake3": mask.hexdigest()})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from sdcompress.bits import tensors_in_order
 from sdcompress.bundle import TensorRecord, to_json
@@ -102,5 +103,5 @@ def records_of(
 
 
 def _record(tensor: Tensor, dtype: str) -> TensorRecord:
-    digest = hashlib.sha256(raw_bytes(tensor)).hexdigest()
-    return TensorRecord(dtype=dtype, shape=tuple(tensor.shape), sha256=digest)
+    digest = blake3(raw_bytes(tensor)).hexdigest()
+    return TensorRecord(dtype=dtype, shape=tuple(tensor.shape), blake3=digest)

@@ -133,7 +133,7 @@ def test_a_folder_that_is_no_pipeline_is_no_source(tmp_path: Path) -> None:
         Bundle.of_source(tmp_path, SourceRecord(id="nothing", kind="directory"))
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 2}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 1}', "\x00"])
 def test_a_bad_manifest_is_one_clear_line(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(InputError, match="not a manifest this version understands") as caught:

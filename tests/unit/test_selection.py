@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,8 +96,8 @@ def test_a_record_is_of_the_whole_tensor_however_it_is_cut() -> None:
     zero = (weight == 0).numpy()
     record = record_tensor(weight, "F16", pruned=True)
     assert record.zeros == int(zero.sum()) > 0
-    assert record.zero_mask_sha256 == hashlib.sha256(np.packbits(zero)).hexdigest()
-    assert record.sha256 == hashlib.sha256(weight.numpy()).hexdigest()
+    assert record.zero_mask_blake3 == blake3(np.packbits(zero).data).hexdigest()
+    assert record.blake3 == blake3(weight.numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("m", range(1, 17))
