@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import weakref
 from importlib import import_module
 from pathlib import Path
