@@ -56,3 +56,11 @@ def test_what_is_known_is_not_measured_again(
     save_file({"other": torch.zeros(9)}, model / FILE)  # another model under the same name
     with pytest.raises(FileNotFoundError):
         measure.main(command)
+
+
+def test_a_round_packs_unpacks_and_copies(tiny_sd: Path, tmp_path: Path) -> None:
+    found = measure.one_round(tiny_sd, tmp_path)
+    assert {"pack", "unpack", "cp", "sizes"} == set(found)
+    assert found["sizes"]["packed_bytes"] < found["sizes"]["original_bytes"]
+    assert min(found[what]["seconds"] for what in ("pack", "unpack", "cp")) > 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "said.json"]
