@@ -139,7 +139,7 @@ def keep_n_of_m(scores: Tensor | Array, n: int, m: int) -> Mask:
 
 @lru_cache(maxsize=64)  # slices of most weights are about as long: few lengths in powers of two
 def _later(length_bits: int, group: int, gap: int) -> Mask:
-    """Of so many numbers from `gap` on: whether the one `gap` before it is of the same group."""
+    """Of 2^`length_bits` numbers, from `gap` on: is the one `gap` before it of the same group?"""
     mask: Mask = np.arange(gap, 1 << length_bits) % group >= gap
     return mask
 
