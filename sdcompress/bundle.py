@@ -51,9 +51,9 @@ class FileRecord(_Record):
 class TensorRecord(_Record):
     """What a tensor must be, in the state dict's layout and the bundle's dtype.
 
-    blake3: of the raw little-endian bytes; it is as hard to forge as sha256, which files have, and
-    takes a third of the time. zeros and zero_mask_blake3 (of numpy.packbits(w == 0), C order) are
-    set for pruned tensors only.
+    blake3: of the raw little-endian bytes; it is as hard to forge as the sha256 of files, and made
+    for processors with wide vectors. zeros and zero_mask_blake3 (of numpy.packbits(w == 0), C
+    order) are set for pruned tensors only.
     """
 
     dtype: str

@@ -7,9 +7,9 @@ Each NAME=DIR is a bundle or a diffusers directory. Every command is a cold proc
 followed by `sync`, files warm in the page cache; `cp` of the same files in turn with them shows
 what the disk takes. `unpack` and `cp` run twice in a row, and the second run counts: on a virtual
 machine the first waits for memory that the host has to give. `unpack` checks all digests itself;
-here its files are compared with the originals besides. The general compressors get
-each file of weights (`--file`) with two threads, once: at full size that takes about twenty minutes
-a bundle. `--cut MB` gives them, and `pack` beside them, only the first tensors of each file.
+here its files are compared with the originals besides. The general compressors get each file of
+weights (`--file`) with two threads, once: at full size that takes about twenty minutes a bundle.
+`--cut MB` gives them, and `pack` beside them, only the first tensors of each file.
 
 Every measurement is kept in DIR/answers.json as soon as it is there: a run that was stopped goes
 on. Remove that file to measure anew. Writes results.json and results.csv beside this file, and the
