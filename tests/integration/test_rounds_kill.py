@@ -65,8 +65,7 @@ def test_rounds_outlive_sigkill(tiny_sd: Path, tmp_path: Path) -> None:
     done = subprocess.run([str(a) for a in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["by event"] == 4
-    assert told["by time"] >= 2, "the others were done before they were killed"
+    assert told == {"by event": 4, "by time": 4}
 
 
 def main(model: Path, out: Path) -> None:
@@ -119,14 +118,19 @@ def main(model: Path, out: Path) -> None:
 
     moments = random.Random(SEED)
     assert prune(source, RECIPE, target, replace=True).digest == old != reference
-    for _ in range(4):
+    for _ in range(12):
         pid = _fork(call)
         time.sleep(moments.uniform(0, duration / 2))
         os.kill(pid, signal.SIGKILL)
-        killed["by time"] += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        died = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        killed["by time"] += died
+        if not died:  # the machine was busier when the duration was taken
+            duration /= 2
         bundle = Bundle.open(target)
         bundle.check_files()
-        assert bundle.digest in (old, reference)  # four halves may come to a whole
+        assert bundle.digest in (old, reference)  # several halves may come to a whole
+        if killed["by time"] == 4:
+            break
     assert finish() == reference
     assert sorted(p.name for p in out.iterdir()) == ["heard", "target"]
     print(json.dumps(killed))
