@@ -32,6 +32,8 @@ S = TypeVar("S")
 Array: TypeAlias = "NDArray[Any]"
 Job = tuple[int, Callable[[Array], T]]  # the bytes it needs, and what it does with them
 SLICE = 1 << 18  # numbers: so few that they stay in the cache, so many that calls cost little
+_SAMPLE = 1 << 12  # numbers that are read at once
+_ONE_IN = 256
 GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
 _LINE = 64  # bytes of the cache
 # Of each type of floats: the bits of the lowest magnitude that is no finite number.
@@ -183,13 +185,30 @@ def slices(tensor: A) -> Iterator[A]:
 
     A vector is cut anywhere, and a row is never cut, however long.
     """
-    numel = math.prod(tensor.shape)
+    rows: Any = tensor.reshape(-1) if tensor.ndim < 2 else tensor
+    for part in slices_of(tuple(tensor.shape)):
+        yield rows[part.start : part.stop]
+
+
+def slices_of(shape: tuple[int, ...]) -> Iterator[range]:
+    """The rows of each of the `slices` of a tensor of this shape."""
+    return _rows(shape, SLICE, 1)
+
+
+def samples_of(shape: tuple[int, ...]) -> Iterator[range]:
+    """Rows from all over a tensor of this shape: one number in `_ONE_IN`, or a few rows."""
+    return _rows(shape, _SAMPLE, _ONE_IN)
+
+
+def _rows(shape: tuple[int, ...], numbers: int, one_in: int) -> Iterator[range]:
+    """As many rows as have so many numbers, again and again, with others between that are not."""
+    numel = math.prod(shape)
     if not numel:
         return
-    rows: Any = tensor.reshape(-1) if tensor.ndim < 2 else tensor
-    step = max(1, SLICE * len(rows) // numel)
-    for first in range(0, len(rows), step):
-        yield rows[first : first + step]
+    rows = shape[0] if len(shape) > 1 else numel
+    step = max(1, numbers * rows // numel)
+    for first in range(0, rows, step * one_in):
+        yield range(first, min(first + step, rows))
 
 
 def bits(tensor: Tensor | Array) -> Array:

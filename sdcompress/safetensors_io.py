@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -146,29 +147,50 @@ def read_finite(info: TensorInfo, buffer: Array | None = None) -> Array:
     return _read(info, buffer, check)
 
 
+def read_rows(info: TensorInfo, picks: Sequence[range], buffers: Buffers) -> Iterator[Array]:
+    """Some rows after others (numbers of a vector), each where the next ones will be.
+
+    Raises:
+        InputError: the file shrank or cannot be read any more.
+    """
+    rows, *row = info.shape if len(info.shape) > 1 else (info.numel,)
+    nbytes, dtype = info.nbytes // max(rows, 1), _numpy_dtype(DTYPES[info.dtype][0])
+    most = max(map(len, picks), default=0) * nbytes
+    with _opened(info) as f, buffers.lent(most) as buffer:
+        for pick in picks:
+            f.seek(info.offset + pick.start * nbytes)
+            part = buffer[: len(pick) * nbytes].view(dtype)
+            _fill(part, f, info)
+            yield part.reshape(len(pick), *row)
+
+
 def _read(info: TensorInfo, buffer: Array | None, look: Callable[[Array], None]) -> Array:
     """The tensor; `look` has each part of it while it is in the cache."""
     memory = Buffers().take(info.nbytes) if buffer is None else buffer
     flat: Array = memory[: info.nbytes].view(_numpy_dtype(DTYPES[info.dtype][0]))
-    try:
-        with info.file.open("rb", buffering=0) as f:
-            f.seek(info.offset)
-            for part in slices(flat):
-                if not _fill(part.view("u1"), f):
-                    raise InputError(
-                        f"{info.file}: it shrank while being read; is something writing to it?"
-                    )
-                look(part)
-    except OSError as e:
-        raise InputError(f"{info.file}: cannot be read ({e.strerror}); check the disk") from e
+    with _opened(info) as f:
+        f.seek(info.offset)
+        for part in slices(flat):
+            _fill(part, f, info)
+            look(part)
     return flat.reshape(info.shape)
 
 
-def _fill(buffer: Array, f: IO[bytes]) -> bool:
-    done = 0
-    while done < len(buffer) and (n := f.readinto(buffer[done:].data)):  # type: ignore[attr-defined]
+@contextmanager
+def _opened(info: TensorInfo) -> Iterator[IO[bytes]]:
+    try:
+        with info.file.open("rb", buffering=0) as f:
+            yield f
+    except OSError as e:
+        raise InputError(f"{info.file}: cannot be read ({e.strerror}); check the disk") from e
+
+
+def _fill(part: Array, f: IO[bytes], info: TensorInfo) -> None:
+    memory, done = part.view("u1").data, 0
+    while done < len(memory) and (n := f.readinto(memory[done:])):  # type: ignore[attr-defined]
         done += n
-    return done == len(buffer)
+    if done < len(memory):
+        raise InputError(f"{info.file}: it shrank while being read; is something writing to it?")
 
 
 def _numpy_dtype(name: str) -> Any:

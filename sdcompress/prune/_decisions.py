@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.allocation import Group, allocate
-from sdcompress.bits import Array, Buffers, is_zero, slices, zero_out
+from sdcompress.bits import Array, Buffers, is_zero, samples_of, slices, slices_of, zero_out
 from sdcompress.bundle import Bundle
 from sdcompress.calibrate import exact_device
 from sdcompress.catalog import Catalog
@@ -18,7 +18,7 @@ from sdcompress.errors import InputError
 from sdcompress.patterns import UNSTRUCTURED, Select, keep_mask, keep_masks, parse_pattern
 from sdcompress.plan import LayerPlan, SparsityPlan
 from sdcompress.recipe import Recipe
-from sdcompress.safetensors_io import as_tensor, raw_bytes, read_finite
+from sdcompress.safetensors_io import as_tensor, raw_bytes, read_finite, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,8 +76,14 @@ class Decisions:
                     self._zeros[component, layer.name] = group.zeros
                 else:
                     scores = [partial(self.read_scores, layer) for layer in group.layers]
+                    samples = [
+                        (layer.numel, partial(self._read_scores_of, layer, samples_of(layer.shape)))
+                        for layer in group.layers
+                        if self._takes_arrays(layer)
+                    ]
+                    whole = len(samples) == len(scores)
                     names = [(component, layer.name) for layer in group.layers]
-                    cuts = find_cuts(scores, group.zeros)
+                    cuts = find_cuts(scores, group.zeros, samples if whole else None)
                     self._cuts |= dict(zip(names, cuts, strict=True))
         self._loss = None  # and with it a model
 
@@ -162,9 +168,20 @@ class Decisions:
                 scores = scores.masked_fill(weight == 0, -float("inf"))
             yield scores
 
-    def read_scores(self, layer: LayerPlan) -> Iterator[Any]:
+    def read_scores(self, layer: LayerPlan) -> Scored:
+        """`scores` of the weight as it is in its file."""
+        if self._takes_arrays(layer):
+            yield from self._read_scores_of(layer, slices_of(layer.shape))
+            return
         with self.buffers.lent(self._infos[layer.component, layer.name].nbytes) as buffer:
             yield from self.scores(layer, self.read(layer, buffer))
+
+    def _read_scores_of(self, layer: LayerPlan, picks: Iterable[range]) -> Scored:
+        """Of some rows, where no more than these has to be read."""
+        score: Any = _criterion(layer).score
+        stats, info = self._stats(layer, "cpu"), self._infos[layer.component, layer.name]
+        for part in read_rows(info, list(picks), self.buffers):
+            yield score(part, stats)
 
     def read(self, layer: LayerPlan, buffer: Array | None = None) -> Array:
         return read_finite(self._infos[layer.component, layer.name], buffer)

@@ -10,8 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sdcompress.bits import Buffers, slices_of
 from sdcompress.errors import InputError
-from sdcompress.safetensors_io import StreamWriter, raw_bytes, read_header, read_tensor
+from sdcompress.safetensors_io import (
+    StreamWriter,
+    as_tensor,
+    raw_bytes,
+    read_header,
+    read_rows,
+    read_tensor,
+)
 
 
 def _write(path: Path, header: Any, data: bytes = b"\0" * 8, length: int | None = None) -> Path:
@@ -107,3 +115,20 @@ def test_a_stream_refuses_the_wrong_order(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="expected"),
     ):
         writer.write_tensor(header.tensors["b"], raw_bytes(torch.ones(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_are_read_one_after_the_other(tmp_path: Path, dtype: torch.dtype) -> None:
+    file = tmp_path / "model.safetensors"
+    tensors = {"first": torch.zeros(3), "conv": torch.randn(7, 4, 3, 3), "vector": torch.randn(9)}
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, file)
+    for name, info in read_header(file).tensors.items():
+        expected = load_file(file)[name]
+        picks = [range(0, 2), range(2, 3)]
+        parts = [as_tensor(part).clone() for part in read_rows(info, picks, Buffers())]
+        assert [part.shape for part in parts] == [expected[:2].shape, expected[2:3].shape]
+        assert torch.equal(torch.cat(parts), expected[:3])
+        assert list(read_rows(info, [], Buffers())) == []
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(InputError, match="it shrank while being read"):
+        list(read_rows(info, list(slices_of(info.shape)), Buffers()))

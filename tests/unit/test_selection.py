@@ -116,18 +116,47 @@ def test_any_n_of_m_is_plain(m: int) -> None:
     seed=st.integers(0, 2**31),
     share=st.floats(0, 1),
     coarse=st.booleans(),
+    sampled=st.integers(1, 3),
 )
 def test_cuts_of_several_are_those_of_their_concatenation(
-    dtypes: list[torch.dtype], seed: int, share: float, coarse: bool
+    dtypes: list[torch.dtype], seed: int, share: float, coarse: bool, sampled: int
 ) -> None:
     parts = [draw((3, 30 + 9 * i), dtype, seed + i, coarse) for i, dtype in enumerate(dtypes)]
     whole = torch.cat([part.float().reshape(-1) for part in parts])
     zeros = int(share * len(whole))
-    cuts = selection.find_cuts([partial(bits.slices, part) for part in parts], zeros)
-    got = [m for cut, part in zip(cuts, parts, strict=True) for m in cut.keep(bits.slices(part))]
     expected = np.ones(len(whole), bool)
     expected[torch.argsort(whole, stable=True)[:zeros].numpy()] = False
-    assert np.concatenate(got).tolist() == expected.tolist()
+    scores = [partial(bits.slices, part) for part in parts]
+    samples = [(part.numel(), partial(bits.slices, part[:sampled])) for part in parts]
+    for some in (None, samples):  # a third of each says little, or all: that has to be seen
+        cuts = selection.find_cuts(scores, zeros, some)
+        kept = (cut.keep(bits.slices(part)) for cut, part in zip(cuts, parts, strict=True))
+        got = [mask for masks in kept for mask in masks]
+        assert np.concatenate(got).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_samples_spare_counting_what_is_far_from_the_cut(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [draw((40, 50), dtype, seed, coarse=False).abs() * (1 + seed) for seed in range(3)]
+    counted: list[int] = []
+    count = np.bincount
+    monkeypatch.setattr(np, "bincount", lambda n: counted.append(len(n)) or count(n))
+
+    def cuts(samples: list[selection.Sample] | None) -> tuple[list[selection.Cut], int]:
+        counted.clear()
+        found = selection.find_cuts([partial(bits.slices, part) for part in parts], 3000, samples)
+        return found, sum(counted)
+
+    plain, all_of_them = cuts(None)
+    monkeypatch.setattr(selection, "_MARGIN", 0.1)  # so small a sample is not exact
+    sixths = [(p.numel(), partial(bits.slices, p.reshape(-1)[::6].clone())) for p in parts]
+    honest, few = cuts(sixths)
+    misleading = [(p.numel(), partial(bits.slices, p.reshape(-1)[:3] + 100)) for p in parts]
+    misled, more = cuts(misleading)
+    assert plain == honest == misled
+    assert few < 0.6 * all_of_them < all_of_them < more
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -255,6 +284,15 @@ def test_slices_are_whole_rows_and_all_of_them() -> None:
     assert [len(part) for part in bits.slices(torch.zeros(3, 100))] == [1, 1, 1]
     assert [len(part) for part in bits.slices(torch.zeros(90))] == [40, 40, 10]
     assert list(bits.slices(torch.zeros(0, 4))) == []
+
+
+def test_samples_are_rows_from_all_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "_SAMPLE", 20)
+    monkeypatch.setattr(bits, "_ONE_IN", 4)
+    assert list(bits.samples_of((21, 5, 2))) == [range(0, 2), range(8, 10), range(16, 18)]
+    assert list(bits.samples_of((3, 100))) == [range(0, 1)]  # a row is never cut
+    assert list(bits.samples_of((90,))) == [range(0, 20), range(80, 90)]
+    assert list(bits.samples_of((0, 4))) == []
 
 
 def test_threads_of_torch_are_one_each_and_then_what_they_were() -> None:
