@@ -29,7 +29,7 @@ from export.specs import (
     unused_key,
 )
 from export.weight_map import DATA, Entry, WeightMap
-from sdcompress.bits import Array, Buffers, all_finite, in_memory, is_zero, pieces, room, slices
+from sdcompress.bits import Array, all_finite, in_memory, is_zero, pieces, room, slices
 from sdcompress.bundle import (
     Bundle,
     FileRecord,
@@ -268,7 +268,7 @@ def fill(
     )
     with (
         HashedFile(directory / DATA) as data,
-        closing(in_memory(jobs, Buffers())) as made,
+        closing(in_memory(jobs)) as made,
     ):
         for (key, places), tensor in zip(entries.items(), made, strict=True):
             info = chosen[key]

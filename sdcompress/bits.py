@@ -15,6 +15,7 @@ import math
 import mmap
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
@@ -35,6 +36,7 @@ SLICE = 1 << 18  # numbers: so few that they stay in the cache, so many that cal
 _SAMPLE = 1 << 12  # numbers that are read at once
 _ONE_IN = 256
 GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
+_LARGEST = 2  # how often the largest job has room: the next one is at work while it is written
 _LINE = 64  # bytes of the cache
 # Of each type of floats: the bits of the lowest magnitude that is no finite number.
 _NOT_FINITE = {
@@ -67,18 +69,30 @@ def tensors_in_order(
             yield from results
 
 
-def in_memory(
-    jobs: Iterable[Job[T]], buffers: Buffers, threads: int | None = None
-) -> Generator[T, None, None]:
+def in_memory(jobs: Iterable[Job[T]], threads: int | None = None) -> Generator[T, None, None]:
     """`tensors_in_order` for jobs that are given as much memory as they say, in bytes.
 
-    What they leave there is gone when the next result is asked for.
+    What they leave there is gone when the next result is asked for. All of it is `_LARGEST` times
+    what the largest takes; as many jobs are begun as there is room for, so that threads have work
+    while whoever takes the results writes a large one.
     """
-    groups = (partial(_together, group, buffers) for group in _grouped(jobs))
-    with closing(tensors_in_order(groups, threads)) as done:
-        for buffer, results in done:
+    groups = [(room(nbytes for nbytes, _ in group), group) for group in _grouped(jobs)]
+    ring = Ring(_LARGEST * max((nbytes for nbytes, _ in groups), default=0))
+
+    def with_memory() -> Iterator[Callable[[], list[T]] | None]:
+        for nbytes, group in groups:
+            while (memory := ring.take(nbytes)) is None:
+                yield None
+            yield partial(_together, group, memory)
+
+    several = _one_core_each() if threads != 1 else nullcontext(_nothing)
+    with (
+        several as prepare,
+        closing(in_order(with_memory(), threads, prepare, ahead=len(groups))) as done,
+    ):
+        for results in done:
             yield from results
-            buffers.give_back(buffer)
+            ring.give_back()
 
 
 def _grouped(jobs: Iterable[tuple[int, S]]) -> Iterator[list[tuple[int, S]]]:
@@ -99,10 +113,9 @@ def _each(jobs: Sequence[tuple[int, Callable[[], T]]]) -> list[T]:
     return [job() for _, job in jobs]
 
 
-def _together(jobs: Sequence[Job[T]], buffers: Buffers) -> tuple[Array, list[T]]:
-    sizes = [nbytes for nbytes, _ in jobs]
-    buffer = buffers.take(room(sizes))
-    return buffer, [job(m) for (_, job), m in zip(jobs, pieces(buffer, sizes), strict=True)]
+def _together(jobs: Sequence[Job[T]], memory: Array) -> list[T]:
+    parts = pieces(memory, [nbytes for nbytes, _ in jobs])
+    return [job(part) for (_, job), part in zip(jobs, parts, strict=True)]
 
 
 def room(sizes: Iterable[int]) -> int:
@@ -166,6 +179,37 @@ class Buffers:
             yield buffer
         finally:
             self.give_back(buffer)
+
+
+class Ring:
+    """Memory of so many bytes, of which pieces are given back in the order they were taken."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = _fresh(nbytes)
+        self._taken: deque[range] = deque()
+
+    def take(self, nbytes: int) -> Array | None:
+        """So many bytes in one piece, with whatever was in them; None while there are not."""
+        size = room([max(nbytes, 1)])
+        place = self._next(size)
+        if place is None:
+            return None
+        self._taken.append(range(place, place + size))
+        return self._memory[place : place + nbytes]
+
+    def _next(self, nbytes: int) -> int | None:
+        if not self._taken:
+            return 0
+        first, end, last = self._taken[0].start, self._taken[-1].stop, len(self._memory)
+        if end <= first:  # it has come round
+            return end if end + nbytes <= first else None
+        if end + nbytes <= last:
+            return end
+        return 0 if nbytes <= first else None
+
+    def give_back(self) -> None:
+        """The piece that was taken first; nobody may look at it any more."""
+        self._taken.popleft()
 
 
 def _fresh(nbytes: int) -> Array:

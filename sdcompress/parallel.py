@@ -40,7 +40,7 @@ def leaving() -> bool:
 
 
 def in_order(
-    jobs: Iterable[Callable[[], T]],
+    jobs: Iterable[Callable[[], T] | None],
     threads: int | None = None,
     prepare: Callable[[], None] = lambda: None,
     ahead: int = 1,
@@ -51,14 +51,17 @@ def in_order(
     jobs so short that threads would wait for whoever takes the results. No more than `threads` +
     `ahead` + 1 results are in memory, the one that was given out last included. Close it to leave
     early: what runs is told and waited for, what waits is not begun.
+
+    `jobs` may give None where there can be no other job before one more result was given out.
     """
     threads = threads or cores()
     with _pool(threads, prepare) as pool:
         running: deque[Future[T]] = deque()
         try:
             for job in jobs:
-                running.append(pool.submit(job))
-                if len(running) >= threads + ahead:
+                if job is not None:
+                    running.append(pool.submit(job))
+                if job is None or len(running) >= threads + ahead:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()

@@ -117,7 +117,6 @@ def prune(
                 plan,
                 work,
                 decide,
-                decisions.buffers,
                 partial(progress, "pruning"),
                 decisions.threads,
             )

@@ -61,7 +61,7 @@ class Decisions:
         self._before = {(p.component, p.name) for p in pruned if p.pruned}
         self._zeros: dict[tuple[str, str], int] = {}
         self._cuts: dict[tuple[str, str], Cut] = {}
-        self.buffers = Buffers()
+        self._buffers = Buffers()
         if not all(self._takes_arrays(layer) for layer in plan.layers if layer.pruned):
             import torch  # noqa: F401  # before there are threads, which are to have one core each
 
@@ -173,14 +173,14 @@ class Decisions:
         if self._takes_arrays(layer):
             yield from self._read_scores_of(layer, slices_of(layer.shape))
             return
-        with self.buffers.lent(self._infos[layer.component, layer.name].nbytes) as buffer:
+        with self._buffers.lent(self._infos[layer.component, layer.name].nbytes) as buffer:
             yield from self.scores(layer, self.read(layer, buffer))
 
     def _read_scores_of(self, layer: LayerPlan, picks: Iterable[range]) -> Scored:
         """Of some rows, where no more than these has to be read."""
         score: Any = _criterion(layer).score
         stats, info = self._stats(layer, "cpu"), self._infos[layer.component, layer.name]
-        for part in read_rows(info, list(picks), self.buffers):
+        for part in read_rows(info, list(picks), self._buffers):
             yield score(part, stats)
 
     def read(self, layer: LayerPlan, buffer: Array | None = None) -> Array:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from sdcompress.bits import Array, Buffers, in_memory, is_zero, slices
+from sdcompress.bits import Array, in_memory, is_zero, slices
 from sdcompress.bundle import FileRecord, TensorRecord
 from sdcompress.catalog import Catalog
 from sdcompress.plan import LayerPlan, SparsityPlan
@@ -31,7 +31,6 @@ def write_pruned(
     plan: SparsityPlan,
     work: Path,
     decide: Decide,
-    buffers: Buffers,
     progress: Callable[[int, int], None],
     threads: int | None = None,
 ) -> tuple[SparsityPlan, Records, dict[str, FileRecord]]:
@@ -59,7 +58,7 @@ def write_pruned(
 
     done, total = 0, sum(info.nbytes for _, info in infos)
     jobs = ((info.nbytes, partial(make, component, info)) for component, info in infos)
-    with closing(in_memory(jobs, buffers, threads)) as made:
+    with closing(in_memory(jobs, threads)) as made:
         for component, shards in catalog.headers.items():
             for header in shards:
                 changes = any(_is_pruned(layers.get((component, n))) for n in header.tensors)

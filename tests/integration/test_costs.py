@@ -24,7 +24,7 @@ COMPONENTS = ("text_encoder", "unet")
 SMALL = 6 * MB  # manifests, configs, and modules that are imported late
 WIDE = {"block_out_channels": (256, 640), "cross_attention_dim": 256, "layers_per_block": 2}
 TEXT = {"hidden_size": 256, "intermediate_size": 1024, "projection_dim": 256}
-HELD = 4  # jobs: one in each of two threads, one that waits, and the one being written
+HELD = 3  # of the largest: two of them for jobs (`bits.in_memory`), and slices of others
 
 
 def held(folder: Path) -> int:
@@ -106,7 +106,7 @@ def test_pruning_reads_each_byte_so_often_and_writes_it_once(
     assert costs.read < passes * size + SMALL
     assert costs.written < size + SMALL
     assert costs.tensor_bytes <= held(model)
-    assert costs.rise < size / 2  # measured: two fifths; the tensors held are a third
+    assert costs.rise < size / 2  # measured: three tenths; the tensors held are a fifth
 
 
 def test_a_plan_reads_headers_only(model: Path, cache: Path, tmp_path: Path) -> None:

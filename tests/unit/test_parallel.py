@@ -40,6 +40,23 @@ def test_short_jobs_may_run_further_ahead() -> None:
         assert len(begun) == 12
 
 
+def test_where_there_is_no_job_a_result_is_given_first() -> None:
+    given: list[int] = []
+    ready: list[int | None] = [0, 1, None, 2, None, None, 3]
+
+    def jobs() -> Iterator[partial[int] | None]:
+        for i in ready:
+            yield None if i is None else partial(int, i)
+            if i is None:
+                asked.append(list(given))
+
+    asked: list[list[int]] = []
+    for result in in_order(jobs(), threads=2, ahead=100):
+        given.append(result)
+    assert given == [0, 1, 2, 3]
+    assert asked == [[0], [0, 1], [0, 1, 2]]
+
+
 def test_a_failure_is_raised_where_its_result_would_be() -> None:
     def job(i: int) -> int:
         if i == 2:

@@ -313,11 +313,11 @@ def test_threads_of_torch_are_one_each_and_then_what_they_were() -> None:
     assert later == [before]
 
 
-def test_memory_is_used_again_and_no_more_than_was_in_use_at_once(
+def test_jobs_have_memory_of_their_own_and_no_more_than_twice_the_largest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bits, "GROUP", 100)
-    sizes = [70, 70, 300, 10, 10, 10, 10, 500, 400, 90, 60] * 5
+    sizes = [70, 70, 300, 10, 10, 10, 10, 500, 0, 400, 90, 60, 1, 500, 500] * 5
     made = []
     fresh = bits._fresh
     monkeypatch.setattr(bits, "_fresh", lambda n: made.append(n) or fresh(n))
@@ -326,11 +326,41 @@ def test_memory_is_used_again_and_no_more_than_was_in_use_at_once(
         memory[:] = number
         return memory
 
-    jobs = [(size, partial(job, i)) for i, size in enumerate(sizes)]
-    for i, found in enumerate(bits.in_memory(jobs, bits.Buffers(), threads=2)):
-        assert found.tolist() == [i] * sizes[i]  # nobody else has written there yet
-    assert 0 < len(made) < 4 * 3  # four at once, each of which may have grown
-    monkeypatch.undo()
+    jobs = [(size, partial(job, i % 256)) for i, size in enumerate(sizes)]
+    for i, found in enumerate(bits.in_memory(jobs, threads=2)):
+        assert found.tolist() == [i % 256] * sizes[i]  # nobody else has written there yet
+    groups = bits._grouped((size, size) for size in sizes)
+    assert made == [2 * max(bits.room(n for n, _ in group) for group in groups)]
+    assert list(bits.in_memory([])) == []
+
+
+@given(st.lists(st.integers(0, 2500), max_size=60), st.data())
+def test_a_ring_gives_no_byte_twice_and_whatever_fits_when_it_is_empty(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    ring = bits.Ring(3200)
+    taken: list[tuple[bits.Array, int]] = []
+
+    def give_back() -> None:
+        piece, number = taken.pop(0)
+        assert piece.tolist() == [number] * len(piece)
+        ring.give_back()
+
+    for number, size in enumerate(sizes):
+        while (piece := ring.take(size)) is None:
+            give_back()  # fails where there is none
+        assert len(piece) == size
+        assert piece.ctypes.data % bits._LINE == 0
+        piece[:] = number
+        taken.append((piece, number))
+        for _ in range(data.draw(st.integers(0, len(taken)))):
+            give_back()
+    while taken:
+        give_back()
+    assert ring.take(3200) is not None
+
+
+def test_buffers_are_lent_again() -> None:
     buffers = bits.Buffers()
     with buffers.lent(10) as first, buffers.lent(20) as second:
         assert first is not second
