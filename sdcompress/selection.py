@@ -107,7 +107,7 @@ def _cut_near_sampled(scores: Scores, zeros: int) -> Cut | None:
 def _cuts_by_digits(scores: Sequence[Scores], zeros: int, guess: range | None) -> list[Cut]:
     """`find_cuts` by a radix selection in digits of 16 bits: each weight is walked over once, and a
     second time if its scores have more than 16 bits. In memory is how often each digit occurs in
-    each of them; those of no other than a `guess` are counted first, which takes a third as long.
+    each of them, at first of those in `guess` alone: to compare the others takes less time.
     """
     tables = _counted(scores, None, guess)
     below = sum(table.below for table in tables)

@@ -76,14 +76,13 @@ class Decisions:
                     self._zeros[component, layer.name] = group.zeros
                 else:
                     scores = [partial(self.read_scores, layer) for layer in group.layers]
-                    samples = [
+                    few = [
                         (layer.numel, partial(self._read_scores_of, layer, samples_of(layer.shape)))
                         for layer in group.layers
-                        if self._takes_arrays(layer)
                     ]
-                    whole = len(samples) == len(scores)
+                    samples = few if all(map(self._takes_arrays, group.layers)) else None
                     names = [(component, layer.name) for layer in group.layers]
-                    cuts = find_cuts(scores, group.zeros, samples if whole else None)
+                    cuts = find_cuts(scores, group.zeros, samples)
                     self._cuts |= dict(zip(names, cuts, strict=True))
         self._loss = None  # and with it a model
 
