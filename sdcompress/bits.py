@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -34,7 +34,7 @@ Array: TypeAlias = "NDArray[Any]"
 Job = tuple[int, Callable[[Array], T]]  # the bytes it needs, and what it does with them
 SLICE = 1 << 18  # numbers: so few that they stay in the cache, so many that calls cost little
 _SAMPLE = 1 << 12  # numbers that are read at once
-_ONE_IN = 256
+_ONE_IN, _SPOTS = 256, 4
 GROUP = 1 << 22  # bytes of small tensors that are worth being handed to a thread
 _LARGEST = 2  # how often the largest job has room: the next one is at work while it is written
 _LINE = 64  # bytes of the cache
@@ -62,9 +62,11 @@ def tensors_in_order(
     would wait for each other longer than they work. Close it to leave early.
     """
     sized = zip(sizes, jobs, strict=True) if sizes is not None else ((GROUP, job) for job in jobs)
-    several = _one_core_each() if threads != 1 else nullcontext(_nothing)
     groups = (partial(_each, group) for group in _grouped(sized))
-    with several as prepare, closing(in_order(groups, threads, prepare, ahead)) as done:
+    with (
+        _one_core_each(threads) as prepare,
+        closing(in_order(groups, threads, prepare, ahead)) as done,
+    ):
         for results in done:
             yield from results
 
@@ -73,8 +75,8 @@ def in_memory(jobs: Iterable[Job[T]], threads: int | None = None) -> Generator[T
     """`tensors_in_order` for jobs that are given as much memory as they say, in bytes.
 
     What they leave there is gone when the next result is asked for. All of it is `_LARGEST` times
-    what the largest takes; as many jobs are begun as there is room for, so that threads have work
-    while whoever takes the results writes a large one.
+    what the largest takes, with small ones done together with it. As many jobs are begun as there
+    is room for, so that threads have work while whoever takes the results writes a large one.
     """
     groups = [(room(nbytes for nbytes, _ in group), group) for group in _grouped(jobs)]
     ring = Ring(_LARGEST * max((nbytes for nbytes, _ in groups), default=0))
@@ -85,9 +87,8 @@ def in_memory(jobs: Iterable[Job[T]], threads: int | None = None) -> Generator[T
                 yield None
             yield partial(_together, group, memory)
 
-    several = _one_core_each() if threads != 1 else nullcontext(_nothing)
     with (
-        several as prepare,
+        _one_core_each(threads) as prepare,
         closing(in_order(with_memory(), threads, prepare, ahead=len(groups))) as done,
     ):
         for results in done:
@@ -134,9 +135,10 @@ def _nothing() -> None:
 
 
 @contextmanager
-def _one_core_each() -> Iterator[Callable[[], None]]:
-    """What each thread has to call so that torch starts no others in it."""
-    if "torch" not in sys.modules:  # nor has anything else that starts threads of its own
+def _one_core_each(threads: int | None) -> Iterator[Callable[[], None]]:
+    """What each of several threads has to call so that torch starts no others in it."""
+    # Without torch there is nothing that starts threads of its own.
+    if threads == 1 or "torch" not in sys.modules:
         yield _nothing
         return
     import torch
@@ -240,7 +242,7 @@ def slices_of(shape: tuple[int, ...]) -> Iterator[range]:
 
 
 def samples_of(shape: tuple[int, ...]) -> Iterator[range]:
-    """Rows from all over a tensor of this shape: one number in `_ONE_IN`, or a few rows."""
+    """Rows from all over a tensor of this shape: one number in `_ONE_IN`, or from `_SPOTS`."""
     return _rows(shape, _SAMPLE, _ONE_IN)
 
 
@@ -251,7 +253,7 @@ def _rows(shape: tuple[int, ...], numbers: int, one_in: int) -> Iterator[range]:
         return
     rows = shape[0] if len(shape) > 1 else numel
     step = max(1, numbers * rows // numel)
-    for first in range(0, rows, step * one_in):
+    for first in range(0, rows, min(step * one_in, max(step, rows // _SPOTS))):
         yield range(first, min(first + step, rows))
 
 

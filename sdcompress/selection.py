@@ -227,8 +227,8 @@ def _guess(samples: Sequence[Sample], zeros: int) -> range | None:
         return None
     total = np.zeros(_BINS)
     for (numel, _), table in zip(samples, tables, strict=True):
-        first = table.first + _HALF
-        total[first : first + len(table.counts)] += table.counts * (numel / table.counts.sum())
+        first, each = table.first + _HALF, numel / max(1, table.counts.sum())
+        total[first : first + len(table.counts)] += table.counts * each
     ends = total.cumsum()
     margin = _MARGIN * ends[-1]
     first, last = np.searchsorted(ends, [zeros - margin, zeros + margin]) - _HALF

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -76,15 +76,17 @@ class Decisions:
                     self._zeros[component, layer.name] = group.zeros
                 else:
                     scores = [partial(self.read_scores, layer) for layer in group.layers]
+                    spots = [list(samples_of(layer.shape)) for layer in group.layers]
                     few = [
-                        (layer.numel, partial(self._read_scores_of, layer, samples_of(layer.shape)))
-                        for layer in group.layers
+                        (layer.numel, partial(self._read_scores_of, layer, rows))
+                        for layer, rows in zip(group.layers, spots, strict=True)
                     ]
                     samples = few if all(map(self._takes_arrays, group.layers)) else None
                     names = [(component, layer.name) for layer in group.layers]
                     cuts = find_cuts(scores, group.zeros, samples)
                     self._cuts |= dict(zip(names, cuts, strict=True))
         self._loss = None  # and with it a model
+        self._buffers = Buffers()  # what has been read to allocate is not read again here
 
     @property
     def threads(self) -> int | None:
@@ -170,16 +172,16 @@ class Decisions:
     def read_scores(self, layer: LayerPlan) -> Scored:
         """`scores` of the weight as it is in its file."""
         if self._takes_arrays(layer):
-            yield from self._read_scores_of(layer, slices_of(layer.shape))
+            yield from self._read_scores_of(layer, list(slices_of(layer.shape)))
             return
         with self._buffers.lent(self._infos[layer.component, layer.name].nbytes) as buffer:
             yield from self.scores(layer, self.read(layer, buffer))
 
-    def _read_scores_of(self, layer: LayerPlan, picks: Iterable[range]) -> Scored:
+    def _read_scores_of(self, layer: LayerPlan, picks: Sequence[range]) -> Scored:
         """Of some rows, where no more than these has to be read."""
         score: Any = _criterion(layer).score
         stats, info = self._stats(layer, "cpu"), self._infos[layer.component, layer.name]
-        for part in read_rows(info, list(picks), self._buffers):
+        for part in read_rows(info, picks, self._buffers):
             yield score(part, stats)
 
     def read(self, layer: LayerPlan, buffer: Array | None = None) -> Array:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,14 +34,14 @@ from tests.conftest import TWO_TO_FOUR
 SEED = 20
 
 
-def _stage(name: str, model: Path) -> Callable[[Path], Bundle]:
+def _stages(name: str, model: Path) -> list[Callable[[Path], Bundle]]:
+    """One that is killed, and one whose result it is to replace."""
     source = Bundle.of_source(model, SourceRecord(id="tiny-sd", kind="directory"))
     if name == "prune":
-        recipe = Recipe.model_validate(TWO_TO_FOUR)
-        return lambda out: prune(source, recipe, out, replace=True)
-    return lambda out: export_bundle(
-        source, out, dtype="fp32", components=("text_encoder",), replace=True
-    )
+        recipes = (Recipe.model_validate({**TWO_TO_FOUR, "name": n}) for n in ("new", "old"))
+        return [partial(prune, source, recipe, replace=True) for recipe in recipes]
+    export = partial(export_bundle, source, components=("text_encoder",), replace=True)
+    return [partial(export, dtype="fp32"), partial(export, dtype="fp16")]
 
 
 def _fork(work: Callable[[], object]) -> int:
@@ -58,7 +60,8 @@ def _fork(work: Callable[[], object]) -> int:
 
 def main(name: str, model: Path, out: Path, kills: int) -> None:
     torch.set_num_threads(1)  # a thread pool would not survive the fork
-    stage = _stage(name, model)
+    stage, other = _stages(name, model)
+    old = other(out / "old").digest
     stage(out / "warm-up")
     start = time.perf_counter()
     reference = stage(out / "reference").digest
@@ -66,25 +69,30 @@ def main(name: str, model: Path, out: Path, kills: int) -> None:
     moments = random.Random(SEED)
     target = out / "target"
     died = 0
-    for _ in range(4 * kills):
-        before = Bundle.open(target).digest if target.exists() else None
+    assert reference != old
+    for number in range(4 * kills):
+        if target.exists():
+            shutil.rmtree(target)
+            shutil.copytree(out / "old", target)
         pid = _fork(lambda: stage(target))
         time.sleep(moments.uniform(0, duration))
         os.kill(pid, signal.SIGKILL)
-        died += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        _, status = os.waitpid(pid, 0)
+        assert status in (0, signal.SIGKILL)
+        died += status == signal.SIGKILL
         if target.exists():
             bundle = Bundle.open(target)
             bundle.check_files()
-            assert bundle.digest in (before, reference)
+            assert bundle.digest in (old, reference)
         else:
-            assert before is None
+            assert number == 0  # before which there was none
         start = time.perf_counter()
         _, status = os.waitpid(_fork(lambda: stage(target)), 0)
         duration = time.perf_counter() - start
         assert status == 0
         assert Bundle.open(target).digest == reference
         left = sorted(p.name for p in out.iterdir())
-        assert left == ["reference", "target", "warm-up"], left
+        assert left == ["old", "reference", "target", "warm-up"], left
         if died == kills:
             break
     print(json.dumps({"died": died}))

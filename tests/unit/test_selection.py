@@ -287,11 +287,14 @@ def test_slices_are_whole_rows_and_all_of_them() -> None:
 
 
 def test_samples_are_rows_from_all_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = list(bits.samples_of((1024, 1024)))
+    assert matrix == [range(first, first + 4) for first in (0, 256, 512, 768)]
+    large = list(bits.samples_of((8192, 8192)))
+    assert sum(map(len, large)) == 8192 // bits._ONE_IN
+    assert large[-1].start > 7900
+    assert list(bits.samples_of((3, 10_000))) == [range(i, i + 1) for i in range(3)]
     monkeypatch.setattr(bits, "_SAMPLE", 20)
-    monkeypatch.setattr(bits, "_ONE_IN", 4)
-    assert list(bits.samples_of((21, 5, 2))) == [range(0, 2), range(8, 10), range(16, 18)]
-    assert list(bits.samples_of((3, 100))) == [range(0, 1)]  # a row is never cut
-    assert list(bits.samples_of((90,))) == [range(0, 20), range(80, 90)]
+    assert [len(part) for part in bits.samples_of((90,))] == [20, 20, 20, 20, 2]
     assert list(bits.samples_of((0, 4))) == []
 
 
@@ -358,6 +361,19 @@ def test_a_ring_gives_no_byte_twice_and_whatever_fits_when_it_is_empty(
     while taken:
         give_back()
     assert ring.take(3200) is not None
+
+
+def test_a_ring_holds_several_pieces_at_once() -> None:
+    ring = bits.Ring(128)
+    first, second = ring.take(64), ring.take(64)
+    assert first is not None
+    assert second is not None
+    assert ring.take(64) is None
+    ring.give_back()
+    assert ring.take(64) is not None
+    ready = threading.Barrier(2)
+    jobs = [(bits.GROUP, lambda memory: ready.wait(timeout=10))] * 4
+    assert len(list(bits.in_memory(jobs, threads=2))) == 4
 
 
 def test_buffers_are_lent_again() -> None:
