@@ -242,12 +242,12 @@ def slices_of(shape: tuple[int, ...]) -> Iterator[range]:
 
 
 def samples_of(shape: tuple[int, ...]) -> Iterator[range]:
-    """Rows from all over a tensor of this shape: one number in `_ONE_IN`, or from `_SPOTS`."""
+    """Rows from all over a tensor: one number in `_ONE_IN`, but from `_SPOTS` places at least."""
     return _rows(shape, _SAMPLE, _ONE_IN)
 
 
 def _rows(shape: tuple[int, ...], numbers: int, one_in: int) -> Iterator[range]:
-    """As many rows as have so many numbers, again and again, with others between that are not."""
+    """As many rows as have so many numbers, again and again: about one row in `one_in` of all."""
     numel = math.prod(shape)
     if not numel:
         return

@@ -67,26 +67,29 @@ class Decisions:
 
     def allocate(self) -> None:
         """Settle how many weights go in each layer. Comes before the first decision."""
-        from sdcompress.selection import find_cuts
-
         for component in self._plan.parameters:
             for group in self._groups(component):
                 if len(group.layers) == 1:
                     (layer,) = group.layers
                     self._zeros[component, layer.name] = group.zeros
                 else:
-                    scores = [partial(self.read_scores, layer) for layer in group.layers]
-                    spots = [list(samples_of(layer.shape)) for layer in group.layers]
-                    few = [
-                        (layer.numel, partial(self._read_scores_of, layer, rows))
-                        for layer, rows in zip(group.layers, spots, strict=True)
-                    ]
-                    samples = few if all(map(self._takes_arrays, group.layers)) else None
                     names = [(component, layer.name) for layer in group.layers]
-                    cuts = find_cuts(scores, group.zeros, samples)
-                    self._cuts |= dict(zip(names, cuts, strict=True))
+                    self._cuts |= dict(zip(names, self._find_cuts(group), strict=True))
         self._loss = None  # and with it a model
-        self._buffers = Buffers()  # what has been read to allocate is not read again here
+        self._buffers = Buffers()  # and with the old ones their memory
+
+    def _find_cuts(self, group: Group) -> list[Cut]:
+        from sdcompress.selection import find_cuts
+
+        scores = [partial(self.read_scores, layer) for layer in group.layers]
+        if not all(map(self._takes_arrays, group.layers)):
+            return find_cuts(scores, group.zeros)
+        spots = [list(samples_of(layer.shape)) for layer in group.layers]
+        samples = [
+            (layer.numel, partial(self._read_scores_of, layer, rows))
+            for layer, rows in zip(group.layers, spots, strict=True)
+        ]
+        return find_cuts(scores, group.zeros, samples)
 
     @property
     def threads(self) -> int | None:
